@@ -1,0 +1,1 @@
+"""The only package that knows Megatron: its CPU backend, models, arguments, forward step and training entry point."""

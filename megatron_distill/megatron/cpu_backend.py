@@ -1,0 +1,196 @@
+"""Run Megatron, unmodified, on CPU processes joined by gloo: the only place that knows how.
+
+Megatron assumes CUDA in four ways: it asks torch for tensors on "cuda", moves modules with ``.cuda()``, uses streams,
+events and CUDA random states, and initialises with a device id. ``install()`` answers each question with the CPU's answer
+*before Megatron is imported*, and does nothing on a machine with a GPU. ``torch.cuda.is_available()`` keeps saying False,
+since torch itself (DataLoader pinning, dynamo) believes it.
+
+Written for megatron-core 0.19 and torch 2.14; ``tests/megatron/test_cpu_backend.py`` fails when a patch of Megatron is no
+longer needed. Not a performance path: it exists so that what is tested is what is shipped.
+
+Names to know: ``install`` (once per process), ``is_cpu``, ``CPU_ARGUMENTS`` (the Megatron flags a CPU run needs).
+"""
+
+import collections
+import contextlib
+import functools
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+# Megatron flags without which a CPU process dies: each names a kernel or a backend that exists for CUDA only.
+CPU_ARGUMENTS = (
+    "--distributed-backend=gloo",
+    "--transformer-impl=local",
+    "--no-masked-softmax-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-rope-fusion",
+    "--no-persist-layer-norm",
+    "--no-gradient-accumulation-fusion",
+)
+
+_FACTORIES = (
+    "zeros ones empty full tensor arange rand randn randint as_tensor linspace eye zeros_like ones_like empty_like "
+    "full_like rand_like randn_like scalar_tensor empty_strided triu_indices tril_indices"
+).split()
+_TENSOR_FACTORIES = ("new_zeros", "new_empty", "new_full", "new_ones", "new_tensor")
+_installed = False
+
+
+def is_cpu() -> bool:
+    """True where no CUDA device exists, i.e. where this backend is (or would be) active."""
+    return not torch.cuda.is_available()
+
+
+def install() -> bool:
+    """Make this process able to import and run Megatron on CPU. Idempotent.
+
+    Returns:
+        True if the CPU backend is active in this process, False on a machine with a GPU.
+    """
+    global _installed
+    if not is_cpu():
+        return False
+    if not _installed:
+        _installed = True
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's argument check asks for it
+        # megatron-core's jit_fuser compiles small functions with Inductor at first call: minutes, for nothing, on CPU.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        _redirect_devices()
+        _redirect_cuda_runtime()
+        _redirect_process_groups()
+        _patch_megatron()
+    return True
+
+
+def _to_cpu(device: Any) -> Any:
+    """The CPU for every spelling of a CUDA device ("cuda", "cuda:1", 0, torch.device("cuda")); others unchanged."""
+    is_index = isinstance(device, int) and not isinstance(device, bool)
+    if is_index or (isinstance(device, str | torch.device) and str(device).startswith("cuda")):
+        return CPU
+    return device
+
+
+def _redirect_devices() -> None:
+    def redirect(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if "device" in kwargs:
+                kwargs["device"] = _to_cpu(kwargs["device"])
+            return factory(*args, **kwargs)
+
+        return call
+
+    for name in _FACTORIES:
+        setattr(torch, name, redirect(getattr(torch, name)))
+    for name in _TENSOR_FACTORIES:
+        setattr(torch.Tensor, name, redirect(getattr(torch.Tensor, name)))
+
+    tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple(_to_cpu(arg) if isinstance(arg, str | torch.device) else arg for arg in args)
+        if "device" in kwargs:
+            kwargs["device"] = _to_cpu(kwargs["device"])
+        return tensor_to(self, *args, **kwargs)
+
+    def typed(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return tensor_type(self, *args, **kwargs)
+        # Megatron's optimizer asserts on the *names* 'torch.cuda.FloatTensor' and 'torch.cuda.BFloat16Tensor'.
+        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.to, torch.Tensor.type = to, typed
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+
+class _NoStream:
+    """A CUDA stream or event that has nothing to order: CPU operations are already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> "_NoStream":
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+@contextlib.contextmanager
+def _no_stream_context(stream: Any = None) -> Iterator[None]:
+    yield
+
+
+def _redirect_cuda_runtime() -> None:
+    cuda: Any = torch.cuda
+    cuda.device_count = lambda: 8  # Megatron checks local ranks against it
+    cuda.current_device = lambda: CPU
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.stream = _no_stream_context
+    cuda.current_stream = cuda.default_stream = lambda *args: _NoStream()
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_device_capability = lambda *args: (9, 0)
+    cuda.get_device_properties = lambda *args: types.SimpleNamespace(
+        major=9, minor=0, name="cpu", total_memory=1 << 34, multi_processor_count=1
+    )
+    cuda.memory_stats = lambda *args, **kwargs: collections.defaultdict(int)
+    for name in ("set_device", "synchronize", "empty_cache"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "device_memory_used",
+        "reset_peak_memory_stats",
+    ):
+        setattr(cuda, name, lambda *args, **kwargs: 0)
+
+
+def _redirect_process_groups() -> None:
+    init, barrier = torch.distributed.init_process_group, torch.distributed.barrier
+
+    def init_process_group(*args: Any, **kwargs: Any) -> None:
+        kwargs.pop("device_id", None)
+        init(*args, **kwargs)
+
+    def barrier_without_devices(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
+        return barrier(*args, **kwargs)
+
+    torch.distributed.init_process_group = init_process_group
+    torch.distributed.barrier = barrier_without_devices
+
+
+def _patch_megatron() -> None:
+    # sgl-flash-mla, which SGLang installs, raises OSError instead of ImportError where libcuda is missing, and Megatron
+    # imports it optionally: hide it.
+    sys.modules["flash_mla"] = None  # type: ignore[assignment]
+
+    import megatron.core.tensor_parallel.random as mcore_random
+    import megatron.training.initialize as initialize
+    import megatron.training.training as training
+
+    def set_rng_state(state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    def get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    mcore_random._set_cuda_rng_state = set_rng_state
+    mcore_random._get_cuda_rng_state = get_rng_state
+    initialize._compile_dependencies = lambda: None  # the wheel ships the compiled data helper, and no Makefile
+    # pretrain() offers no way to pass allow_no_cuda on to initialize_megatron.
+    training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
