@@ -2,7 +2,8 @@
 
 Data flows one way through the modules, and the package listing is the architecture:
 
-    prompts -> rollouts -> teacher -> (megatron: batches, losses) -> metrics, curriculum -> weight_sync -> evaluate -> report
+    prompts -> rollouts -> teacher -> batches -> losses in megatron -> metrics, curriculum -> weight_sync
+    -> evaluate -> report
 
 Importing the package imports nothing heavy: neither torch, Megatron, SGLang nor NeMo-Run.
 """

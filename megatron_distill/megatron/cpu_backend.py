@@ -1,12 +1,12 @@
 """Run Megatron, unmodified, on CPU processes joined by gloo: the only place that knows how.
 
 Megatron assumes CUDA in four ways: it asks torch for tensors on "cuda", moves modules with ``.cuda()``, uses streams,
-events and CUDA random states, and initialises with a device id. ``install()`` answers each question with the CPU's answer
-*before Megatron is imported*, and does nothing on a machine with a GPU. ``torch.cuda.is_available()`` keeps saying False,
-since torch itself (DataLoader pinning, dynamo) believes it.
+events and CUDA random states, and initialises with a device id. ``install()`` answers each question with the CPU's
+answer *before Megatron is imported*, and does nothing on a machine with a GPU. ``torch.cuda.is_available()`` keeps
+saying False, since torch itself (DataLoader pinning, dynamo) believes it.
 
-Written for megatron-core 0.19 and torch 2.14; ``tests/megatron/test_cpu_backend.py`` fails when a patch of Megatron is no
-longer needed. Not a performance path: it exists so that what is tested is what is shipped.
+Written for megatron-core 0.19 and torch 2.14; ``tests/megatron/test_cpu_backend.py`` fails when a patch of Megatron is
+no longer needed. Not a performance path: it exists so that what is tested is what is shipped.
 
 Names to know: ``install`` (once per process), ``is_cpu``, ``CPU_ARGUMENTS`` (the Megatron flags a CPU run needs).
 """
@@ -38,11 +38,11 @@ CPU_ARGUMENTS = (
 )
 
 _FACTORIES = (
-    "zeros ones empty full tensor arange rand randn randint as_tensor linspace eye zeros_like ones_like empty_like "
-    "full_like rand_like randn_like scalar_tensor empty_strided triu_indices tril_indices"
-).split()
+    *("zeros", "ones", "empty", "full", "tensor", "as_tensor", "scalar_tensor", "arange", "linspace", "eye"),
+    *("rand", "randn", "randint", "empty_strided", "triu_indices", "tril_indices"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
+)
 _TENSOR_FACTORIES = ("new_zeros", "new_empty", "new_full", "new_ones", "new_tensor")
-_installed = False
 
 
 def is_cpu() -> bool:
@@ -56,19 +56,21 @@ def install() -> bool:
     Returns:
         True if the CPU backend is active in this process, False on a machine with a GPU.
     """
-    global _installed
     if not is_cpu():
         return False
-    if not _installed:
-        _installed = True
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's argument check asks for it
-        # megatron-core's jit_fuser compiles small functions with Inductor at first call: minutes, for nothing, on CPU.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        _redirect_devices()
-        _redirect_cuda_runtime()
-        _redirect_process_groups()
-        _patch_megatron()
+    _install_once()
     return True
+
+
+@functools.cache
+def _install_once() -> None:
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's argument check asks for it
+    # megatron-core's jit_fuser compiles small functions with Inductor at first call: minutes, for nothing, on CPU.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _redirect_devices()
+    _redirect_cuda_runtime()
+    _redirect_process_groups()
+    _patch_megatron()
 
 
 def _to_cpu(device: Any) -> Any:

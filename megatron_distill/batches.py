@@ -1,0 +1,214 @@
+"""From a step's samples to packed micro-batches of tensors.
+
+In: ``Sample``s (a rollout, and what the teacher said of it). Out: ``MicroBatch``es, each a few rows into which several
+sequences are packed back to back, with everything the loss needs *for response tokens only*.
+
+Shapes: R rows of a micro-batch, L tokens of a row, T response tokens of a micro-batch, K top-k, S stop tokens.
+
+    prompt A  response A  prompt B  response B  padding      one row of ``tokens_RL``
+              ^^^^^^^^^^            ^^^^^^^^^^               T of these, in order, in every ``*_T`` tensor
+
+The logits that predict a response token sit one place before it: ``logits_index_T`` holds that place in the flattened
+[R * L] row. Two sequences of one row never see each other (``attention_mask`` is block-diagonal and causal); rotary
+position embeddings are relative, so where in the row a sequence starts does not matter.
+
+No Megatron here, and nothing depends on how a step is cut into micro-batches: see the invariance tests.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from megatron_distill.types import Rollout, TeacherScores
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response with everything that is known of it before the student's forward pass.
+
+    Attributes:
+        rollout: the prompt, the response and who sampled it.
+        teacher: the teacher's scores of the response; None if they are missing, and then the distillation loss skips
+            the sample and counts it. Always None when the teacher runs in process.
+        advantage: of the response, for the policy-gradient component; 0 without it.
+    """
+
+    rollout: Rollout
+    teacher: TeacherScores | None = None
+    advantage: float = 0.0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tensors of one forward and backward pass of one data-parallel replica.
+
+    Attributes:
+        tokens_RL: int64, packed prompts and responses, padded with 0.
+        position_ids_RL: int64, counted from each sequence's start.
+        attention_mask: bool [R, 1, L, L], True = masked (Megatron's convention).
+        logits_index_T: int64, flat index into [R * L] of the logits that predict each response token.
+        target_ids_T: int64, the response tokens themselves.
+        response_position_T: int64, 0-based place of the token in its response.
+        sampler_logprobs_T: fp32, log-prob under the sampler that wrote the token; nan where the teacher wrote it.
+        is_scored_T: bool, whether the distillation loss applies to the token.
+        advantages_T: fp32, the sample's advantage, repeated over its tokens.
+        topk_ids_TK: int64 teacher's likeliest tokens; None with an in-process teacher.
+        topk_logprobs_TK: fp32, their log-probs over the full vocabulary.
+        stop_logprobs_TS: fp32, the teacher's log-prob of every stop token.
+        teacher_logprobs_T: fp32, the teacher's log-prob of the response token.
+    """
+
+    tokens_RL: torch.Tensor
+    position_ids_RL: torch.Tensor
+    attention_mask: torch.Tensor
+    logits_index_T: torch.Tensor
+    target_ids_T: torch.Tensor
+    response_position_T: torch.Tensor
+    sampler_logprobs_T: torch.Tensor
+    is_scored_T: torch.Tensor
+    advantages_T: torch.Tensor
+    topk_ids_TK: torch.Tensor | None = None
+    topk_logprobs_TK: torch.Tensor | None = None
+    stop_logprobs_TS: torch.Tensor | None = None
+    teacher_logprobs_T: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """The same batch with every tensor on ``device``."""
+        return MicroBatch(
+            **{
+                spec.name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for spec in fields(self)
+                for value in [getattr(self, spec.name)]
+            }
+        )
+
+
+def num_scored_tokens(samples: Sequence[Sample], in_process_teacher: bool) -> int:
+    """Response tokens to which the distillation loss applies: its denominator, before the sum over replicas."""
+    return sum(len(s.rollout.response_ids) for s in samples if in_process_teacher or s.teacher is not None)
+
+
+def build_micro_batches(
+    samples: Sequence[Sample], rollouts_per_micro_batch: int, *, in_process_teacher: bool, pad_multiple: int = 8
+) -> list[MicroBatch]:
+    """Cut samples into micro-batches of equal count and similar length, and pack each.
+
+    Args:
+        samples: of one replica's step.
+        rollouts_per_micro_batch: divides ``len(samples)``.
+        in_process_teacher: every response token is scored, by the teacher beside the student.
+        pad_multiple: rows are padded to a multiple of it (sequence parallelism needs a multiple of tp).
+    """
+    num_micro_batches = len(samples) // rollouts_per_micro_batch
+    assert num_micro_batches * rollouts_per_micro_batch == len(samples), (len(samples), rollouts_per_micro_batch)
+    by_length = sorted(samples, key=_num_tokens, reverse=True)
+    # Dealt like cards, back and forth, so that each hand gets long and short ones.
+    hands: list[list[Sample]] = [[] for _ in range(num_micro_batches)]
+    for start in range(0, len(by_length), num_micro_batches):
+        deal = by_length[start : start + num_micro_batches]
+        for hand, sample in zip(hands if start // num_micro_batches % 2 == 0 else reversed(hands), deal, strict=True):
+            hand.append(sample)
+    return [_pack(hand, in_process_teacher, pad_multiple) for hand in hands]
+
+
+def _num_tokens(sample: Sample) -> int:
+    return len(sample.rollout.prompt_ids) + len(sample.rollout.response_ids)
+
+
+def _rows(samples: Sequence[Sample], capacity: int) -> list[list[Sample]]:
+    """First fit, longest first."""
+    rows: list[list[Sample]] = []
+    free: list[int] = []
+    for sample in sorted(samples, key=_num_tokens, reverse=True):
+        need = _num_tokens(sample)
+        index = next((i for i, room in enumerate(free) if room >= need), None)
+        if index is None:
+            rows.append([])
+            free.append(capacity)
+            index = len(rows) - 1
+        rows[index].append(sample)
+        free[index] -= need
+    return rows
+
+
+def _pack(samples: Sequence[Sample], in_process_teacher: bool, pad_multiple: int) -> MicroBatch:
+    longest = max(_num_tokens(sample) for sample in samples)
+    row_tokens = -(-longest // pad_multiple) * pad_multiple
+    rows = _rows(samples, row_tokens)
+    tokens = np.zeros((len(rows), row_tokens), np.int64)
+    positions = np.zeros_like(tokens)
+    sequence_of = np.full_like(tokens, -1)  # which sequence of its row a token belongs to; -1 is padding
+    logits_index, packed = [], []
+    for r, row in enumerate(rows):
+        start = 0
+        for number, sample in enumerate(row):
+            prompt, response = sample.rollout.prompt_ids, sample.rollout.response_ids
+            end = start + len(prompt) + len(response)
+            tokens[r, start:end] = np.concatenate([prompt, response])
+            positions[r, start:end] = np.arange(end - start)
+            sequence_of[r, start:end] = number
+            first = r * row_tokens + start + len(prompt) - 1
+            logits_index.append(np.arange(first, first + len(response)))
+            packed.append(sample)
+            start = end
+    is_scored = [in_process_teacher or sample.teacher is not None for sample in packed]
+    return MicroBatch(
+        tokens_RL=torch.from_numpy(tokens),
+        position_ids_RL=torch.from_numpy(positions),
+        attention_mask=block_causal_mask(torch.from_numpy(sequence_of)),
+        logits_index_T=torch.from_numpy(np.concatenate(logits_index)),
+        target_ids_T=_cat([s.rollout.response_ids for s in packed], np.int64),
+        response_position_T=_cat([np.arange(len(s.rollout.response_ids)) for s in packed], np.int64),
+        sampler_logprobs_T=_cat([s.rollout.sampler_logprobs for s in packed], np.float32),
+        is_scored_T=_per_token(packed, is_scored, np.bool_),
+        advantages_T=_per_token(packed, [s.advantage for s in packed], np.float32),
+        **({} if in_process_teacher else _teacher_tensors(packed)),
+    )
+
+
+def block_causal_mask(sequence_of_RL: torch.Tensor) -> torch.Tensor:
+    """Attention mask [R, 1, L, L], True = masked, under which a token sees itself and its own sequence's past.
+
+    A padding token (-1) forms a sequence with the other padding of its row, so that no softmax row is empty.
+    """
+    same_RLL = sequence_of_RL[:, :, None] == sequence_of_RL[:, None, :]
+    causal_LL = torch.ones(sequence_of_RL.shape[1:] * 2, dtype=torch.bool).tril()
+    return ~(same_RLL & causal_LL)[:, None]
+
+
+def _teacher_tensors(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    known = next((s.teacher for s in samples if s.teacher is not None), None)
+    num_top = 1 if known is None else known.topk_ids.shape[1]
+    num_stops = 0 if known is None else known.stop_logprobs.shape[1]
+
+    def scores(sample: Sample) -> TeacherScores:
+        if sample.teacher is not None:
+            return sample.teacher
+        # Masked by is_scored_T: any finite values do, and a loss of -log(k) each keeps them recognisable in a debugger.
+        length = len(sample.rollout.response_ids)
+        blank = np.full((length, num_top), -np.log(num_top + 1), np.float32)
+        ids = np.tile(np.arange(num_top, dtype=np.int32), (length, 1))
+        return TeacherScores(
+            token_logprobs=np.zeros(length, np.float32),
+            topk_ids=ids,
+            topk_logprobs=blank,
+            stop_logprobs=np.full((length, num_stops), -30.0, np.float32),
+        )
+
+    filled = [scores(sample) for sample in samples]
+    return {
+        "topk_ids_TK": _cat([s.topk_ids for s in filled], np.int64),
+        "topk_logprobs_TK": _cat([s.topk_logprobs for s in filled], np.float32),
+        "stop_logprobs_TS": _cat([s.stop_logprobs for s in filled], np.float32),
+        "teacher_logprobs_T": _cat([s.token_logprobs for s in filled], np.float32),
+    }
+
+
+def _cat(arrays: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(array, dtype) for array in arrays]))
+
+
+def _per_token(samples: Sequence[Sample], values: Sequence[float], dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.repeat(np.asarray(values, dtype), [len(s.rollout.response_ids) for s in samples]))
