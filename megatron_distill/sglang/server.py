@@ -1,0 +1,348 @@
+"""Starts and stops SGLang servers as child processes.
+
+In flow a ``ServerSpec`` (which model, where, on which device) and a log file; out flows a URL that ``SGLangClient`` takes.
+
+    student = SGLangServer(ServerSpec(model_dir, role="student"), log_file)
+    teacher = SGLangServer(ServerSpec(other_dir, role="teacher"), other_log)
+    with running([student, teacher], timeout_s=300):       # both load at the same time
+        client = SGLangClient([student.url], ...)
+
+``command`` alone is pure: a cluster launcher puts the same argument list into a job script.
+
+A server never outlives its owner: it leads a process group of its own, which ``stop`` ends, and it runs on a leash
+(``leash.py``), so that it also ends if the owner is killed. It binds to the loopback address unless told otherwise, since SGLang
+has no authentication by default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Literal, Self
+
+import requests
+
+from megatron_distill.errors import ConfigError, ServerError
+from megatron_distill.sglang.cpu_plugin import CPU_SERVER_ENV
+
+Progress = Callable[[str], None]
+"""Receives one line of text about a slow phase."""
+
+_POLL_S = 0.25
+_HEALTH_TIMEOUT_S = 25.0  # SGLang's own limit on a health check is 20 s
+_PROGRESS_EVERY_S = 5.0
+_TAIL_LINES = 30
+_TAIL_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What one server is.
+
+    Attributes:
+        model_dir: Hugging Face directory with config and safetensors.
+        role: "student", "teacher", ...: names the server in messages.
+        host: address to bind to.
+        port: TCP port; 0 picks a free one when an ``SGLangServer`` is made.
+        device: "auto" takes CUDA if there is any, when an ``SGLangServer`` is made.
+        dtype: weights and activations, as SGLang spells it; "auto" follows the model's config.
+        context_length: longest sequence served, in tokens; None takes the model's own limit. SGLang scores at most
+            ``context_length - 7`` of them.
+        deterministic: honour ``sampling_seed``. Without it SGLang ignores seeds. On a GPU it selects batch-invariant kernels.
+        weight_version: label of the weights in ``model_dir``; every reply carries it.
+        tp: tensor-parallel size of this one server.
+        extra_args: further ``sglang.launch_server`` arguments; they come last, so they win.
+    """
+
+    model_dir: Path
+    role: str
+    host: str = "127.0.0.1"
+    port: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: str = "auto"
+    context_length: int | None = None
+    deterministic: bool = True
+    weight_version: str = "0"
+    tp: int = 1
+    extra_args: tuple[str, ...] = ()
+
+    @property
+    def url(self) -> str:
+        """Where clients find it."""
+        return f"http://{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class ServerCommand:
+    """How to run a server: the arguments, and the environment variables to add to the caller's."""
+
+    argv: list[str]
+    env: dict[str, str]
+
+
+def command(spec: ServerSpec, python: str = sys.executable) -> ServerCommand:
+    """The command line of a server. Pure: reads no file, no environment and no hardware.
+
+    Args:
+        spec: device and port must be settled (neither "auto" nor 0): whoever writes a job script on a login node knows
+            the compute node's device, this machine does not.
+        python: the interpreter to start.
+
+    Raises:
+        ConfigError: device or port is still open.
+    """
+    if spec.device == "auto" or spec.port == 0:
+        raise ConfigError(
+            f"ServerSpec({spec.role}) = device {spec.device!r}, port {spec.port}: both must be settled to write a command. "
+            "It may run on another machine. Set device to 'cpu' or 'cuda' and port to a number."
+        )
+    argv = [python, "-m", "sglang.launch_server", "--model-path", str(spec.model_dir), "--host", spec.host]
+    argv += ["--port", str(spec.port), "--device", spec.device, "--dtype", spec.dtype, "--tp-size", str(spec.tp)]
+    argv += ["--weight-version", spec.weight_version]
+    argv += ["--skip-tokenizer-init"]  # token ids in, token ids out
+    argv += ["--skip-server-warmup"]  # the health check generates a token; that is enough
+    argv += ["--sleep-on-idle"]  # otherwise an idle scheduler spins on a whole core
+    if spec.context_length is not None:
+        argv += ["--context-length", str(spec.context_length)]
+    if spec.deterministic:
+        argv += ["--enable-deterministic-inference"]
+    env: dict[str, str] = {}
+    if spec.device == "cpu":
+        argv += ["--attention-backend", "torch_native", "--disable-overlap-schedule"]
+        # SGLang sizes its cache by free memory, of which a CPU server should take little: 32768 tokens of a small model.
+        argv += ["--mem-fraction-static", "0.1", "--max-total-tokens", "32768"]
+        env |= CPU_SERVER_ENV
+        if spec.tp > 1:  # one core a rank; SGLang otherwise asks for as many NUMA nodes as ranks
+            env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(spec.tp))
+    return ServerCommand(argv + list(spec.extra_args), env)
+
+
+class SGLangServer:
+    """One server process: start, wait until it answers, stop."""
+
+    def __init__(self, spec: ServerSpec, log_file: Path) -> None:
+        """Settle device and port. Starts nothing.
+
+        Args:
+            spec: what to serve.
+            log_file: receives the server's output; appended to.
+        """
+        device = _detect_device() if spec.device == "auto" else spec.device
+        self.spec = replace(spec, device=device, port=spec.port or _free_port(spec.host))
+        self.log_file = Path(log_file)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: BinaryIO | None = None
+        self._log_start = 0
+
+    @property
+    def url(self) -> str:
+        """Where clients find it."""
+        return self.spec.url
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"sglang.{self.spec.role} ({self.url})"
+
+    def is_alive(self) -> bool:
+        """Whether the process was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start the process and return at once.
+
+        Raises:
+            ServerError: already started, or its port is taken (another server would answer in its place).
+        """
+        if self._process is not None:
+            raise ServerError(f"{self.name}: already started. One object is one process. Call stop() first.")
+        _require_free_port(self.spec)
+        to_run = command(self.spec)
+        module, arguments = to_run.argv[2], to_run.argv[3:]
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        self._log = self.log_file.open("ab")
+        self._log_start = self._log.tell()
+        self._log.write(f"$ {' '.join(to_run.argv)}\n".encode())
+        self._log.flush()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_distill.sglang.leash", module, *arguments],
+            stdin=subprocess.PIPE,  # the leash
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=_without_rank_variables(os.environ) | to_run.env,
+            start_new_session=True,  # a process group to kill, which Ctrl-C in the terminal does not reach
+        )
+
+    def wait_ready(self, timeout_s: float, progress: Progress | None = None) -> None:
+        """Wait until the server answers.
+
+        Polls the process as well as the port, so that a server that dies is reported when it dies. On failure the
+        process group is killed first.
+
+        Args:
+            timeout_s: seconds from now.
+            progress: called every few seconds with a line of text.
+
+        Raises:
+            ServerError: the process ended or did not answer in time. The message ends with the first cause in its log.
+        """
+        started = time.monotonic()
+        next_report = started + _PROGRESS_EVERY_S
+        while not self._answers():
+            now = time.monotonic()
+            if not self.is_alive():
+                code = self._process.returncode if self._process else None
+                raise self._start_failure(f"ended while starting (exit code {code})")
+            if now - started > timeout_s:
+                raise self._start_failure(
+                    f"did not answer within {timeout_s:.0f} s. Give it longer if its log still moves"
+                )
+            if progress and now >= next_report:
+                next_report = now + _PROGRESS_EVERY_S
+                progress(f"{self.name}: starting, {now - started:.0f} s of at most {timeout_s:.0f} s")
+            time.sleep(_POLL_S)
+        if progress:
+            progress(f"{self.name}: ready")
+
+    def stop(self, drain_s: float = 15.0) -> None:
+        """End the server and every process it started. Does nothing if it was not started.
+
+        Args:
+            drain_s: how long after SIGTERM, in which SGLang finishes running requests, the group is killed.
+        """
+        if self._process is None or self._log is None:
+            return
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=drain_s)
+        self._kill_group()
+        self._process, self._log = None, None
+
+    def log_tail(self) -> str:
+        """The end of what this process wrote, and the first cause of a failure on the last line."""
+        return log_tail(self.log_file, start=self._log_start)
+
+    def __enter__(self) -> Self:
+        """Start; use ``wait_ready`` or ``running`` to wait."""
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _answers(self) -> bool:
+        """Whether the process is up and can generate: SGLang's /health draws one token."""
+        try:
+            return requests.get(f"{self.url}/health", timeout=_HEALTH_TIMEOUT_S).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def _start_failure(self, what: str) -> ServerError:
+        self._kill_group()
+        return ServerError(f"{self.name} = {self.spec.model_dir}: {what}. Log: {self.log_file}\n{self.log_tail()}")
+
+    def _kill_group(self) -> None:
+        if self._process is None or self._log is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._process.stdin:
+            self._process.stdin.close()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def running(
+    servers: Sequence[SGLangServer], timeout_s: float, progress: Progress | None = None
+) -> Iterator[Sequence[SGLangServer]]:
+    """Start all servers at once, wait for all, and stop all at the end or at the first failure.
+
+    Raises:
+        ServerError: one of them did not start.
+    """
+    try:
+        for server in servers:
+            server.start()
+        deadline = time.monotonic() + timeout_s
+        for server in servers:
+            server.wait_ready(max(1.0, deadline - time.monotonic()), progress)
+        yield servers
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def log_tail(log_file: Path, start: int = 0) -> str:
+    """The last lines of a server's log, then its first cause: a crash cascades, and the first error is the one to mend.
+
+    Args:
+        log_file: may be missing.
+        start: byte offset to begin at.
+    """
+    try:
+        with log_file.open("rb") as log:
+            log.seek(start)
+            text = log.read().decode(errors="replace")
+    except OSError as error:
+        return f"(no log: {error})"
+    lines = text[-_TAIL_BYTES:].splitlines()[-_TAIL_LINES:]
+    cause = first_cause(text)
+    return "\n".join(["--- end of the log ---", *lines] + ([f"--- first cause ---\n{cause}"] if cause else []))
+
+
+def first_cause(log_text: str) -> str | None:
+    """The last line of the first traceback in a log ("ValueError: ..."), or None if there is no traceback."""
+    in_traceback = False
+    for line in log_text.splitlines():
+        if "Traceback (most recent call last)" in line:
+            in_traceback = True
+        elif in_traceback and re.match(r"[A-Za-z_][\w.]*(:|$)", line):
+            return line
+    return None
+
+
+def _detect_device() -> Literal["cpu", "cuda"]:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _require_free_port(spec: ServerSpec) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free, as it is for SGLang
+        try:
+            probe.bind((spec.host, spec.port))
+        except OSError as error:
+            raise ServerError(
+                f"sglang.{spec.role}.port = {spec.port}: {error.strerror} on {spec.host}. "
+                "Another process would answer in the server's place. Choose another port, or 0 for a free one."
+            ) from error
+
+
+def _without_rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment less what torchrun set for the *trainer's* ranks.
+
+    TORCHELASTIC_USE_AGENT_STORE in particular makes torch wait for a rendezvous store that nobody serves (torch 2.14).
+    """
+    of_a_rank = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    return {k: v for k, v in environment.items() if k not in of_a_rank and not k.startswith(("TORCHELASTIC_", "ROLE_"))}
