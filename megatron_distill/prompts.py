@@ -1,0 +1,335 @@
+r"""Problems: read from files, turned into prompt token ids, drawn in an order that a resumed run repeats.
+
+In flow JSON lines (or Parquet files, or a Hugging Face data set directory); out flow `Problem`s, their prompt ids, and
+an endless stream of problems.
+
+    problems = load_problems("train.jsonl")
+    prompt_ids = encode_prompt(tokenizer, problems[0])
+    sampler = ProblemSampler(problems, seed=1)
+    batch = sampler.take(32)
+    state = sampler.state_dict()                      # JSON; a sampler that loads it goes on with problem 33
+
+Reading is strict: the first record that is not a problem is refused with its file and line. A silently dropped or
+half-read record would change what is trained on without a trace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+
+from megatron_distill.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROLES = ("system", "user", "assistant")
+_SHOWN_CHARS = 80
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat, as chat templates know it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt with a known answer.
+
+    Attributes:
+        id: Unique within its file; the record's own, or else its position, counted from 0.
+        messages: The chat so far; the last turn is the user's.
+        answer: Reference answer, as the verifier reads it (LaTeX or plain).
+        solution: A worked response, if the data has one: a teacher prefix that needs no teacher.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: str
+    solution: str | None = None
+
+
+class SamplerState(TypedDict):
+    """Where a `ProblemSampler` stands, and what it must be loaded into."""
+
+    seed: int
+    epoch: int
+    position: int
+    fingerprint: str
+
+
+def load_problems(
+    path: str | Path,
+    *,
+    prompt_key: str = "prompt",
+    answer_key: str = "answer",
+    solution_key: str = "solution",
+    answer_marker: str = "",
+    instruction: str = "",
+) -> list[Problem]:
+    r"""Reads every problem of a file or data set.
+
+    DeepScaleR's columns need ``prompt_key="problem"``; GSM8K's need ``prompt_key="question"`` and
+    ``answer_marker="####"``, as its answers are worked solutions that end with ``#### 18``.
+
+    Args:
+        path: A ``.jsonl`` or ``.parquet`` file, or a directory written by `datasets.Dataset.save_to_disk`.
+        prompt_key: Column of the prompt: a string (one user turn), or a list of ``{"role", "content"}`` messages. Where
+            a record lacks it, ``messages`` is looked up.
+        answer_key: Column of the reference answer: a string or a number.
+        solution_key: Column of a worked response; optional in every record.
+        answer_marker: If given, the answer is what follows the marker's last occurrence.
+        instruction: Text appended to the last user turn after a blank line, e.g. ``Put your final answer within
+            \boxed{}.``.
+
+    Returns:
+        The problems in file order.
+
+    Raises:
+        DataError: A file is missing, of another kind or empty, or a record is not a problem.
+    """
+    path = Path(path)
+    problems: list[Problem] = []
+    first_seen: dict[str, str] = {}
+    for index, (where, record) in enumerate(_records(path)):
+        answer = _read_answer(where, record, answer_key, answer_marker)
+        solution = record.get(solution_key)
+        if solution is not None and not isinstance(solution, str):
+            raise DataError(f"{where}: {solution_key} = {_shown(solution)}: must be a string. Mend or drop the field.")
+        messages = _read_messages(where, record, prompt_key)
+        if instruction:
+            last = messages[-1]
+            messages = (*messages[:-1], replace(last, content=f"{last.content}\n\n{instruction}"))
+        problem = Problem(str(record.get("id", index)), messages, answer, solution)
+        if problem.id in first_seen:
+            raise DataError(
+                f"{where}: id = {problem.id!r}: already used at {first_seen[problem.id]}. Scores and samples are filed "
+                "by id. Make ids unique, or drop the field."
+            )
+        first_seen[problem.id] = where
+        problems.append(problem)
+    if not problems:
+        raise DataError(f"{path} = 0 records: a data set must hold at least one problem. Check the path and the file.")
+    return problems
+
+
+def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields each record with the words that name its place in error messages."""
+    if path.is_dir():
+        yield from ((f"{path} row {row}", record) for row, record in enumerate(_open_data_set(path)))
+    elif not path.is_file():
+        raise DataError(f"{path} = missing: no such file or directory. Check the path, and that it is visible here.")
+    elif path.suffix == ".jsonl":
+        yield from _json_lines(path)
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        for row, record in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
+            yield f"{path} row {row}", record
+    else:
+        raise DataError(
+            f"{path} = {path.suffix or 'no suffix'!r}: problems are read from .jsonl, .parquet or a data set folder. "
+            "Convert the file, or give it the suffix that says what it holds."
+        )
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                raise DataError(f"{where} = blank: every line must hold one record. Delete the line.")
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where} = {_shown(line)}: not JSON ({error}). Mend or delete the line.") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{where} = {_shown(record)}: must be a JSON object. Write one object a line.")
+            yield where, record
+
+
+def _open_data_set(path: Path) -> Any:
+    import datasets
+
+    try:
+        data_set = datasets.load_from_disk(str(path))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} = not a saved data set: a directory must come from datasets.Dataset.save_to_disk. "
+            "Save it so, or name one of its files."
+        ) from None
+    if isinstance(data_set, datasets.DatasetDict):
+        splits = ", ".join(f"{path / split}" for split in data_set)
+        raise DataError(f"{path} = several splits: one must be chosen. Name one of: {splits}.")
+    return data_set
+
+
+def _read_messages(where: str, record: Mapping[str, Any], prompt_key: str) -> tuple[Message, ...]:
+    key = prompt_key if prompt_key in record else "messages"
+    if key not in record:
+        raise DataError(
+            f"{where} = {{{', '.join(map(str, record))}}}: has neither {prompt_key!r} nor 'messages'. "
+            "Set data.prompt_key to the column that holds the prompt."
+        )
+    value = record[key]
+    if isinstance(value, str) and value.strip():
+        return (Message("user", value),)
+    if not isinstance(value, list) or not value:
+        raise DataError(
+            f"{where}: {key} = {_shown(value)}: must be a non-empty string or list of messages. "
+            "Mend the record, or set data.prompt_key."
+        )
+    messages = []
+    for item in value:
+        role, content = (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
+        if role not in _ROLES or not isinstance(content, str):
+            raise DataError(
+                f"{where}: {key} = {_shown(item)}: a message must have a role of {', '.join(_ROLES)} and a string as "
+                "its content. Mend the record."
+            )
+        messages.append(Message(role, content))
+    if messages[-1].role != "user":
+        raise DataError(
+            f"{where}: {key} ends with the role {messages[-1].role!r}: the last turn must be the user's, as the model "
+            "is to write the next. Move a worked response into 'solution'."
+        )
+    return tuple(messages)
+
+
+def _read_answer(where: str, record: Mapping[str, Any], answer_key: str, marker: str) -> str:
+    value = record.get(answer_key)
+    # bool is an int to Python, yet no answer.
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise DataError(
+            f"{where}: {answer_key} = {_shown(value)}: must be a non-empty string or a number, as nothing can be "
+            "judged without it. Mend the record, or set data.answer_key to the column that holds the answer."
+        )
+    answer = str(value)
+    if marker:
+        _, found, answer = answer.rpartition(marker)
+        if not found or not answer.strip():
+            raise DataError(
+                f"{where}: {answer_key} = {_shown(value)}: no answer follows {marker!r}. Mend the record, or set "
+                'answer_marker="" if the column holds the bare answer.'
+            )
+    return answer.strip()
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 3] + "..."
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, template_options: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Encodes a problem as the model is to see it, up to where its response begins.
+
+    The chat template writes every special token itself, BOS included, so the tokenizer must not add a second one:
+    `apply_chat_template` with ``tokenize=True`` sees to that, rendering to text and encoding it again does not.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer with a chat template.
+        problem: What to ask.
+        template_options: Variables of the chat template, e.g. ``{"enable_thinking": False}`` for Qwen3.
+
+    Returns:
+        Token ids, int list [P].
+
+    Raises:
+        DataError: The tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"tokenizer {tokenizer.name_or_path!r} = no chat template: prompts are written by it. A base model usually "
+            "shares the template of its chat variant. Copy that variant's chat_template.jinja into the directory."
+        )
+    messages = [{"role": message.role, "content": message.content} for message in problem.messages]
+    # transformers 5 returns a dict of ids and mask unless told otherwise.
+    ids = tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=False, **(template_options or {})
+    )
+    return list(ids)
+
+
+class ProblemSampler:
+    """An endless stream of problems: one fresh permutation per epoch, a function of (seed, epoch) alone.
+
+    Its whole state is where it stands, so it costs nothing to checkpoint and an interrupted run goes on with the very
+    next problem. Every data parallel rank may hold the same sampler: it draws no randomness but its own.
+
+    Args:
+        problems: What to draw from; at least one.
+        seed: Selects the order.
+    """
+
+    def __init__(self, problems: Sequence[Problem], seed: int) -> None:
+        if not problems:
+            raise DataError("problems = []: a sampler needs at least one problem. Check the data set.")
+        self._problems = problems
+        self._seed = seed
+        self._fingerprint = _fingerprint(problems)
+        self._start_epoch(0)
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch, self._position = epoch, 0
+        self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._problems))
+
+    @property
+    def epoch(self) -> int:
+        """Number of complete passes over the problems."""
+        return self._epoch
+
+    def __iter__(self) -> ProblemSampler:
+        return self
+
+    def __next__(self) -> Problem:
+        problem = self._problems[self._order[self._position]]
+        self._position += 1
+        if self._position == len(self._problems):
+            self._start_epoch(self._epoch + 1)
+        return problem
+
+    def take(self, num_problems: int) -> list[Problem]:
+        """Returns the next problems; a batch may straddle two epochs, so none is dropped."""
+        return [next(self) for _ in range(num_problems)]
+
+    def state_dict(self) -> SamplerState:
+        """Returns the state as JSON-serialisable values."""
+        return {
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "position": self._position,
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: SamplerState) -> None:
+        """Goes on where `state` was taken.
+
+        Raises:
+            DataError: The state is of other problems or another seed: to go on would repeat or skip problems unseen.
+        """
+        for name, mine in (("seed", self._seed), ("fingerprint", self._fingerprint)):
+            if state[name] != mine:  # type: ignore[literal-required]
+                raise DataError(
+                    f"sampler state: {name} = {state[name]!r}, but this run's is {mine!r}: a run resumes on "  # type: ignore[literal-required]
+                    "the problems and seed it started with. Restore them, or start a new run folder."
+                )
+        self._start_epoch(state["epoch"])
+        self._position = state["position"]
+
+
+def _fingerprint(problems: Sequence[Problem]) -> str:
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(repr((problem.id, problem.messages, problem.answer)).encode())
+    return digest.hexdigest()[:16]
