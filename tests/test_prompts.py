@@ -1,0 +1,176 @@
+"""Problems: strict reading, prompt ids as the chat template means them, and an order that a resumed run repeats."""
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_distill.errors import DataError
+from megatron_distill.prompts import Message, Problem, ProblemSampler, encode_prompt, load_problems
+
+WriteLines = Callable[..., Path]
+
+
+@pytest.fixture
+def write_lines(tmp_path: Path) -> WriteLines:
+    def write(*records: Any) -> Path:
+        path = tmp_path / "problems.jsonl"
+        lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+def numbered_problems(count: int) -> list[Problem]:
+    return [Problem(str(i), (Message("user", f"question {i}"),), str(i)) for i in range(count)]
+
+
+def test_strings_and_chats_are_read(write_lines: WriteLines) -> None:
+    """A string prompt is one user turn, a list is a chat, and absent ids are positions."""
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    path = write_lines({"prompt": "2+2?", "answer": 4}, {"messages": chat, "answer": " 2 ", "solution": "1+1=2."})
+    first, second = load_problems(path)
+    assert first == Problem("0", (Message("user", "2+2?"),), "4")
+    assert second == Problem("1", (Message("system", "Be brief."), Message("user", "1+1?")), "2", "1+1=2.")
+
+
+def test_gsm8k_columns_marker_and_instruction(write_lines: WriteLines) -> None:
+    """Other data sets' columns are named by keys; the answer can be cut from a worked solution."""
+    path = write_lines({"question": "How many eggs?", "answer": "9 #### is odd\n#### 18"})
+    (problem,) = load_problems(path, prompt_key="question", answer_marker="####", instruction="Use a box.")
+    assert problem.answer == "18"
+    assert problem.messages == (Message("user", "How many eggs?\n\nUse a box."),)
+
+
+def test_parquet_and_data_set_directory_equal_jsonl(write_lines: WriteLines, tmp_path: Path) -> None:
+    """The same records give the same problems from every format."""
+    datasets = pytest.importorskip("datasets")
+    records = [{"id": f"p{i}", "prompt": f"{i}+1?", "answer": str(i + 1), "solution": None} for i in range(3)]
+    data_set = datasets.Dataset.from_list(records)
+    data_set.to_parquet(tmp_path / "problems.parquet")
+    data_set.save_to_disk(tmp_path / "saved")
+    expected = load_problems(write_lines(*records))
+    assert load_problems(tmp_path / "problems.parquet") == expected
+    assert load_problems(tmp_path / "saved") == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ("", "blank"),
+        ("{'prompt': 1}", "not JSON"),
+        ("[1, 2]", "must be a JSON object"),
+        ({"text": "hi", "answer": "1"}, "data.prompt_key"),
+        ({"prompt": "   ", "answer": "1"}, "non-empty string or list"),
+        ({"prompt": [{"role": "robot", "content": "hi"}], "answer": "1"}, "a role of"),
+        ({"prompt": [{"role": "assistant", "content": "hi"}], "answer": "1"}, "last turn must be the user's"),
+        ({"prompt": "hi"}, "data.answer_key"),
+        ({"prompt": "hi", "answer": ""}, "data.answer_key"),
+        ({"prompt": "hi", "answer": True}, "data.answer_key"),
+        ({"prompt": "hi", "answer": "1", "solution": 3}, "solution = 3"),
+        ({"prompt": "hi", "answer": "1", "id": "a"}, "already used"),
+    ],
+)
+def test_bad_records_are_refused_by_line(write_lines: WriteLines, record: Any, said: str) -> None:
+    """The first record that is no problem is refused with its file, its line and the remedy."""
+    path = write_lines({"prompt": "1+1?", "answer": "2", "id": "a"}, record)
+    with pytest.raises(DataError) as caught:
+        load_problems(path)
+    assert f"{path}:2" in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_bad_paths_are_refused(tmp_path: Path) -> None:
+    """A missing, empty or foreign file says what to do about it."""
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "problems.csv").touch()
+    (tmp_path / "folder").mkdir()
+    for name, said in {
+        "absent.jsonl": "no such file",
+        "empty.jsonl": "at least one problem",
+        "problems.csv": ".csv",
+        "folder": "save_to_disk",
+    }.items():
+        with pytest.raises(DataError, match=said):
+            load_problems(tmp_path / name)
+
+
+class TestEncodePrompt:
+    """Prompt ids are the chat template's, once each."""
+
+    @staticmethod
+    def tokenizer(chat_template: str | None) -> Any:
+        """A word-level tokenizer that, like Llama's, prepends BOS when it encodes plain text."""
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        words = ["<s>", "<user>", "<think>", "<assistant>", "how", "many", "?"]
+        inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
+        wrapped.chat_template = chat_template
+        return wrapped
+
+    template = (
+        "{{ bos_token }}{% for m in messages %} <{{ m.role }}> {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} <assistant>{% endif %}{% if enable_thinking %} <think>{% endif %}"
+    )
+
+    def test_bos_is_written_once(self) -> None:
+        """A template that writes BOS under a tokenizer that adds it yields one BOS, and the generation prompt."""
+        problem = Problem("0", (Message("user", "how many ?"),), "1")
+        assert encode_prompt(self.tokenizer(self.template), problem) == [0, 1, 4, 5, 6, 3]
+
+    def test_template_options_reach_the_template(self) -> None:
+        """Options such as Qwen3's enable_thinking are variables of the template."""
+        problem = Problem("0", (Message("user", "how"),), "1")
+        assert encode_prompt(self.tokenizer(self.template), problem, {"enable_thinking": True}) == [0, 1, 4, 3, 2]
+
+    def test_missing_template_is_refused(self) -> None:
+        """Without a chat template there is no right prompt to guess."""
+        with pytest.raises(DataError, match="no chat template"):
+            encode_prompt(self.tokenizer(None), numbered_problems(1)[0])
+
+
+class TestProblemSampler:
+    """An endless, deterministic order with a resumable state."""
+
+    def test_every_epoch_is_another_permutation(self) -> None:
+        """Each epoch holds every problem once; epochs and seeds differ in order; the same seed repeats."""
+        problems = numbered_problems(20)
+        stream = [p.id for p in islice(ProblemSampler(problems, seed=3), 60)]
+        epochs = [stream[i : i + 20] for i in (0, 20, 40)]
+        assert all(sorted(epoch, key=int) == [str(i) for i in range(20)] for epoch in epochs)
+        assert epochs[0] != epochs[1] != epochs[2]
+        assert stream == [p.id for p in islice(ProblemSampler(problems, seed=3), 60)]
+        assert stream != [p.id for p in islice(ProblemSampler(problems, seed=4), 60)]
+
+    @pytest.mark.parametrize("taken", [0, 1, 6, 7, 8, 13, 14, 40])
+    def test_resume_goes_on_with_the_next_problem(self, taken: int) -> None:
+        """A sampler loaded from JSON goes on exactly where the state was taken, at epoch borders too."""
+        problems = numbered_problems(7)
+        unbroken = ProblemSampler(problems, seed=5)
+        unbroken.take(taken)
+        resumed = ProblemSampler(problems, seed=5)
+        resumed.take(3)
+        resumed.load_state_dict(json.loads(json.dumps(unbroken.state_dict())))
+        assert resumed.epoch == unbroken.epoch == taken // 7
+        assert resumed.take(20) == unbroken.take(20)
+
+    def test_foreign_state_is_refused(self) -> None:
+        """A state of other problems or another seed cannot be resumed, and the message names which."""
+        state = ProblemSampler(numbered_problems(7), seed=5).state_dict()
+        with pytest.raises(DataError, match="seed"):
+            ProblemSampler(numbered_problems(7), seed=6).load_state_dict(state)
+        with pytest.raises(DataError, match="fingerprint"):
+            ProblemSampler(numbered_problems(8), seed=5).load_state_dict(state)
+
+    def test_no_problems_are_refused(self) -> None:
+        """An empty stream could never yield."""
+        with pytest.raises(DataError):
+            ProblemSampler([], seed=1)
