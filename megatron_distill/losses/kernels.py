@@ -1,0 +1,201 @@
+"""The arithmetic over a token's vocabulary: two functions of tensors, run eagerly or compiled from the same source.
+
+`kl_statistics` reads both models' logits once and leaves eight numbers per token; `merge_statistics` joins those of
+several shards; `kl_gradient_` turns logits and global normalisers into the gradient, column by column. Everything that
+the KL losses report follows from these.
+
+Eager, they are run on chunks of tokens, since each operation writes its result to memory. Compiled (`compiled=True`;
+Inductor: C++ on the CPU, Triton on a GPU), a chunk's intermediates stay in registers and the whole batch is one chunk.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+NUM_STATISTICS = 8
+
+# Bytes of one fp32 intermediate of an eager chunk. A CPU works fastest while a handful of them fit its cache; a GPU needs
+# chunks large enough to hide launches.
+_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
+
+
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """float64 stays (for gradient checks); everything else is computed in float32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def default_chunk_tokens(num_columns: int, device: torch.device) -> int:
+    """Tokens per eager chunk, so that one intermediate stays within the device's budget."""
+    return max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * max(1, num_columns)))
+
+
+@cache
+def compiled_kernel(kernel: Callable) -> Callable:
+    """`kernel` through Inductor, compiled at its first call (seconds) and again for new widths and dtypes."""
+    return torch.compile(kernel, dynamic=True)
+
+
+def finite_or_zero(maximum: Tensor) -> Tensor:
+    """A maximum to subtract: 0 for an empty or fully masked row, where -inf would give -inf - -inf = NaN."""
+    return torch.where(maximum == -torch.inf, 0.0, maximum)
+
+
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """`weights * values` with 0 * inf = 0, so that impossible tokens cost nothing; NaN weights stay NaN."""
+    return torch.where(weights == 0, 0.0, weights * values)
+
+
+def kl_statistics(z_TV: Tensor, t_TV: Tensor, excluded_V: Tensor | None, inverse_temperature: float) -> Tensor:
+    """Summarise both models' logits over the columns of one shard.
+
+    With a = z - max z and b = t - max t, the eight numbers of a token are
+
+        max z,  sum e^a,  max t,  sum e^b,  sum e^a (a - b),  sum e^b (b - a),  sum e^a a,  sum e^b b
+
+    from which, once merged over shards, follow both log-normalisers, both KLs and both entropies. The differences are
+    summed as differences of *centred* logits: the textbook sum e^a (z - t) loses the KL to rounding as soon as the two
+    models' logits sit at different offsets.
+
+    Args:
+        z_TV, t_TV: `[T, V]` logits of the student and the teacher for the same columns.
+        excluded_V: `[V]` bool columns to leave out, or None.
+        inverse_temperature: 1 / temperature, applied to both.
+
+    Returns:
+        `[T, 8]` in the compute dtype.
+    """
+    dtype = compute_dtype(z_TV)
+    z, t = z_TV.to(dtype) * inverse_temperature, t_TV.to(dtype) * inverse_temperature
+    if excluded_V is not None:
+        z, t = z.masked_fill(excluded_V, -torch.inf), t.masked_fill(excluded_V, -torch.inf)
+    max_z, max_t = z.amax(dim=1, keepdim=True), t.amax(dim=1, keepdim=True)
+    a, b = z - finite_or_zero(max_z), t - finite_or_zero(max_t)
+    exp_a, exp_b = a.exp(), b.exp()
+    return torch.stack(
+        [
+            max_z.squeeze(1),
+            exp_a.sum(dim=1),
+            max_t.squeeze(1),
+            exp_b.sum(dim=1),
+            weighted(exp_a, a - b).sum(dim=1),
+            weighted(exp_b, b - a).sum(dim=1),
+            weighted(exp_a, a).sum(dim=1),
+            weighted(exp_b, b).sum(dim=1),
+        ],
+        dim=1,
+    )
+
+
+def merge_statistics(stats_RTS: Tensor) -> Tensor:
+    """Join the statistics of R shards into those of their union, `[T, 8]`.
+
+    Rescaling shard r from its own maxima to the common ones shifts a by da = max_r z - max z (and b by db), so
+
+        sum e^a (a - b)  ->  e^da (sum e^a (a - b) + (da - db) sum e^a).
+    """
+    max_z_RT, sum_z, max_t_RT, sum_t, z_gap, t_gap, z_self, t_self = stats_RTS.unbind(dim=2)
+    max_z, max_t = max_z_RT.amax(dim=0), max_t_RT.amax(dim=0)
+    da, db = max_z_RT - finite_or_zero(max_z), max_t_RT - finite_or_zero(max_t)
+    scale_z, scale_t = da.exp(), db.exp()
+
+    def rescaled(scale: Tensor, mass: Tensor, inner: Tensor, shift: Tensor) -> Tensor:
+        moved = weighted(mass, shift) + inner
+        return weighted(scale, moved).sum(dim=0)
+
+    return torch.stack(
+        [
+            max_z,
+            (scale_z * sum_z).sum(dim=0),
+            max_t,
+            (scale_t * sum_t).sum(dim=0),
+            rescaled(scale_z, sum_z, z_gap, da - db),
+            rescaled(scale_t, sum_t, t_gap, db - da),
+            rescaled(scale_z, sum_z, z_self, da),
+            rescaled(scale_t, sum_t, t_self, db),
+        ],
+        dim=1,
+    )
+
+
+def kl_gradient_(
+    out_TV: Tensor,
+    z_TV: Tensor,
+    t_TV: Tensor,
+    normalisers_T5: Tensor,
+    weight_T: Tensor,
+    upstream_T: Tensor,
+    inverse_temperature: float,
+) -> None:
+    """Write d loss / d z for the columns of one shard into `out_TV`, which may be `z_TV` itself.
+
+        upstream / temperature * (w q ((log q - log p) - KL(q||p)) + (1 - w) (q - p))
+
+    Elementwise given the normalisers: no sum over the vocabulary, hence no collective.
+
+    Args:
+        out_TV: `[T, V]`, written.
+        z_TV, t_TV: `[T, V]` logits of the student and the teacher.
+        normalisers_T5: `[T, 5]`: max z, log sum e^a, max t, log sum e^b, KL(q||p). Maximum and logarithm are kept apart
+            because their sum would round away the logarithm where logits are in the thousands.
+        weight_T: `[T]`, the reverse-KL weight w.
+        upstream_T: `[T]`, the gradient that reached the token's loss.
+        inverse_temperature: 1 / temperature.
+    """
+    dtype = compute_dtype(z_TV)
+    max_z, log_z, max_t, log_t, reverse_kl = normalisers_T5.unsqueeze(2).unbind(dim=1)
+    weight, scale = weight_T.unsqueeze(1), (upstream_T * inverse_temperature).unsqueeze(1)
+    log_q = z_TV.to(dtype) * inverse_temperature - max_z - log_z
+    log_p = t_TV.to(dtype) * inverse_temperature - max_t - log_t
+    q, p = log_q.exp(), log_p.exp()
+    reverse = weighted(weight * q, log_q - log_p - reverse_kl)
+    out_TV.copy_(scale * (reverse + (1 - weight) * (q - p)))
+
+
+def softmax_statistics(z_TV: Tensor, inverse_temperature: float) -> Tensor:
+    """max z, sum e^a and sum e^a a of every token, with a = z - max z: `[T, 3]`; one model's part of `kl_statistics`."""
+    z = z_TV.to(compute_dtype(z_TV)) * inverse_temperature
+    max_z = z.amax(dim=1, keepdim=True)
+    a = z - finite_or_zero(max_z)
+    exp_a = a.exp()
+    return torch.stack([max_z.squeeze(1), exp_a.sum(dim=1), weighted(exp_a, a).sum(dim=1)], dim=1)
+
+
+def merge_softmax_statistics(stats_RTS: Tensor) -> Tensor:
+    """Join the `softmax_statistics` of R shards into those of their union, `[T, 3]`."""
+    max_RT, mass, inner = stats_RTS.unbind(dim=2)
+    maximum = max_RT.amax(dim=0)
+    shift = max_RT - finite_or_zero(maximum)
+    scale = shift.exp()
+    total = weighted(scale, weighted(mass, shift) + inner).sum(dim=0)
+    return torch.stack([maximum, (scale * mass).sum(dim=0), total], dim=1)
+
+
+def softmax_gradient_(
+    out_TV: Tensor,
+    z_TV: Tensor,
+    normalisers_T2: Tensor,
+    upstream_T: Tensor,
+    entropy_upstream_T: Tensor,
+    entropy_T: Tensor,
+    inverse_temperature: float,
+) -> None:
+    """Write `(upstream q - entropy_upstream q (log q + H)) / temperature` into `out_TV`, which may be `z_TV` itself.
+
+    The first term is the gradient of upstream times the log-sum-exp, the second that of entropy_upstream times H(q).
+
+    Args:
+        out_TV: `[T, V]`, written.
+        z_TV: `[T, V]` logits.
+        normalisers_T2: `[T, 2]`: max z and log sum e^a.
+        upstream_T, entropy_upstream_T: `[T]`.
+        entropy_T: `[T]`, H(q) in nats.
+        inverse_temperature: 1 / temperature.
+    """
+    max_z, log_z = normalisers_T2.unsqueeze(2).unbind(dim=1)
+    log_q = z_TV.to(compute_dtype(z_TV)) * inverse_temperature - max_z - log_z
+    q = log_q.exp()
+    spread = weighted(q, log_q + entropy_T.unsqueeze(1))
+    grad = upstream_T.unsqueeze(1) * q - weighted(entropy_upstream_T.unsqueeze(1), spread)
+    out_TV.copy_(inverse_temperature * grad)

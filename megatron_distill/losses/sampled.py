@@ -1,0 +1,151 @@
+"""Losses that see one token per position: its log-probability, its entropy, and what can be made of samples alone.
+
+In: the student's sharded logits and the token that was written. Out: `vocab_parallel_logprobs`, differentiable, in one
+collective forward and none backward; and from log-probabilities, `sampled_kl` and `log_ratio_reward`.
+
+A sampled estimator has a value and a gradient, and they need not estimate the same thing: back-propagating through an
+unbiased *value* is not an unbiased *gradient*, because the samples depend on the student too. `sampled_kl` therefore
+asks which divergence is wanted and who wrote the tokens, and refuses what would descend on something else.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_distill.errors import LossError
+from megatron_distill.losses.columns import ColumnShard, chosen_logits, column_shard, locate
+from megatron_distill.losses.kernels import (
+    compiled_kernel,
+    default_chunk_tokens,
+    merge_softmax_statistics,
+    softmax_gradient_,
+    softmax_statistics,
+)
+from megatron_distill.losses.kl import check_temperature, saved_logits
+from megatron_distill.losses.shards import exchange
+
+
+class TokenTerms(NamedTuple):
+    """Per-token results, shaped like the ids; both are differentiable.
+
+    Args:
+        logprobs: log-probability of the token, nats.
+        entropy: entropy of the whole predicted distribution, nats.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def vocab_parallel_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+    compiled: bool = False,
+) -> TokenTerms:
+    """Log-probability of the given tokens and entropy of the distributions that they came from.
+
+    The entropy is exact (full vocabulary). The result is replicated over tensor-parallel ranks, as `kl` explains: take
+    the gradient of the one loss built from it, and sum over data-parallel ranks only.
+
+    Args:
+        logits: `[..., V]`, this rank's columns.
+        token_ids: `[...]` integers. An id outside the vocabulary (a -100 that marks padding, say) gives NaN: replace it
+            by any real id first, and mask the loss with `torch.where`.
+        temperature: divides the logits; that of sampling, if the log-probabilities are to match a sampler's.
+        tp_group, vocab_size, chunk_tokens, compiled: as in `distill_kl`.
+
+    Returns:
+        TokenTerms in the compute dtype.
+
+    Raises:
+        LossError: ids and logits do not fit, or a temperature that is not positive.
+    """
+    check_temperature(temperature)
+    if token_ids.shape != logits.shape[:-1]:
+        raise LossError(
+            f"token_ids = {tuple(token_ids.shape)}: must be {tuple(logits.shape[:-1])}, one id per token. "
+            "Position t of the logits predicts token t + 1: shift the ids, do not drop a position of one of the two."
+        )
+    shard = column_shard(logits.shape[-1], tp_group, vocab_size)
+    plan = _TokenPlan(shard, 1.0 / temperature, chunk_tokens, compiled)
+    logits_TV = logits.reshape(-1, logits.shape[-1])
+    logprobs, entropy = _Logprobs.apply(logits_TV, token_ids.reshape(-1, 1), plan, tp_group)
+    return TokenTerms(logprobs.view(token_ids.shape), entropy.view(token_ids.shape))
+
+
+class _TokenPlan(NamedTuple):
+    shard: ColumnShard
+    inverse_temperature: float
+    chunk_tokens: int | None
+    compiled: bool
+
+    def chunks(self, logits_TV: Tensor) -> list[slice]:
+        num_tokens = logits_TV.shape[0]
+        chunk = self.chunk_tokens or (
+            max(1, num_tokens) if self.compiled else default_chunk_tokens(logits_TV.shape[1], logits_TV.device)
+        )
+        return [slice(start, min(start + chunk, num_tokens)) for start in range(0, num_tokens, chunk)]
+
+
+class _Logprobs(torch.autograd.Function):
+    """log q(y) = z_y - lse and H = lse - E_q[z], from three statistics and the token's own logit."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TV: Tensor, ids_T1: Tensor, plan: _TokenPlan, tp_group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, Tensor]:
+        held_TV = logits_TV[:, : plan.shard.width]
+        chosen_T1 = chosen_logits(held_TV, ids_T1, plan.shard, plan.inverse_temperature)
+        stats_TS = chosen_T1.new_zeros(logits_TV.shape[0], 3)
+        stats_TS[:, 0] = -torch.inf
+        if plan.shard.width:
+            kernel = compiled_kernel(softmax_statistics) if plan.compiled else softmax_statistics
+            for c in plan.chunks(logits_TV):
+                stats_TS[c] = kernel(held_TV[c], plan.inverse_temperature)
+        stats_RTS, chosen_T1 = exchange(stats_TS, chosen_T1, tp_group)
+        maximum, total, inner = merge_softmax_statistics(stats_RTS).unbind(dim=1)
+        log_total = total.log()
+        entropy_T = log_total - inner / total
+        logprobs_T = chosen_T1.squeeze(1) - maximum - log_total
+        ctx.plan = plan
+        ctx.save_for_backward(logits_TV, ids_T1, torch.stack([maximum, log_total], dim=1), entropy_T)
+        return logprobs_T, entropy_T.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream_T: Tensor, entropy_upstream_T: Tensor) -> tuple[Tensor | None, ...]:
+        logits_TV, ids_T1, normalisers_T2, entropy_T = saved_logits(ctx)
+        plan: _TokenPlan = ctx.plan
+        grad_TV = torch.empty_like(logits_TV)
+        held_TV, width = logits_TV[:, : plan.shard.width], plan.shard.width
+        grad_TV[:, width:] = 0
+        if not width:
+            return grad_TV, None, None, None
+        kernel = compiled_kernel(softmax_gradient_) if plan.compiled else softmax_gradient_
+        for c in plan.chunks(logits_TV):
+            kernel(
+                grad_TV[c, :width],
+                held_TV[c],
+                normalisers_T2[c],
+                -upstream_T[c],
+                entropy_upstream_T[c],
+                entropy_T[c],
+                plan.inverse_temperature,
+            )
+        # The token's own column, written whole: adding the one-hot term to a bf16 gradient would round 1 - q away.
+        columns_T1 = locate(ids_T1, plan.shard)
+        mine_T1, columns_T1 = columns_T1 < width, columns_T1.clamp(max=width - 1)
+        chosen_T1 = held_TV.gather(1, columns_T1).to(entropy_T.dtype) * plan.inverse_temperature
+        log_q_T = (chosen_T1 - normalisers_T2[:, :1]).squeeze(1) - normalisers_T2[:, 1]
+        own_T = -upstream_T * torch.expm1(log_q_T) - entropy_upstream_T * log_q_T.exp() * (log_q_T + entropy_T)
+        own_T1 = (plan.inverse_temperature * own_T).unsqueeze(1).to(grad_TV.dtype)
+        grad_TV.scatter_(1, columns_T1, torch.where(mine_T1, own_T1, grad_TV.gather(1, columns_T1)))
+        return grad_TV, None, None, None

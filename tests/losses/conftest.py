@@ -1,0 +1,14 @@
+"""The session's gloo ranks."""
+
+from collections.abc import Iterator
+
+import pytest
+from rank_pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Four live gloo ranks."""
+    pool = RankPool()
+    yield pool
+    pool.close()
