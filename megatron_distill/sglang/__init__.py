@@ -1,0 +1,13 @@
+"""The only package that knows SGLang: servers are started, called, given new weights and stopped here.
+
+    server    SGLangServer, ServerSpec, running, command: child processes and their command lines
+    client    SGLangClient: generate, score, and everything of control
+    control   weight updates, pause and flush on all replicas
+    wire      requests and replies as JSON, checked both ways
+    transport connections, balancing, retries
+    model_dir checks on weights before a server loads them
+    leash     ends a server when its owner ends
+    cpu_plugin, cpu_platform, seeded_sampling   what SGLang needs on a machine without an accelerator
+
+Nothing is imported here: SGLang itself imports ``cpu_plugin`` in each of its processes.
+"""

@@ -10,8 +10,8 @@ In flow a ``ServerSpec`` (which model, where, on which device) and a log file; o
 ``command`` alone is pure: a cluster launcher puts the same argument list into a job script.
 
 A server never outlives its owner: it leads a process group of its own, which ``stop`` ends, and it runs on a leash
-(``leash.py``), so that it also ends if the owner is killed. It binds to the loopback address unless told otherwise, since SGLang
-has no authentication by default.
+(``leash.py``), so that it also ends if the owner is killed. It binds to the loopback address unless told otherwise,
+since SGLang has no authentication by default.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _POLL_S = 0.25
 _HEALTH_TIMEOUT_S = 25.0  # SGLang's own limit on a health check is 20 s
 _PROGRESS_EVERY_S = 5.0
 _TAIL_LINES = 30
-_TAIL_BYTES = 64 * 1024
+_TAIL_BYTES = 4 * 1024**2  # of a log that may be large
+_LOG_MARK = "=== start of a server: "
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def command(spec: ServerSpec, python: str = sys.executable) -> ServerCommand:
     argv += ["--weight-version", spec.weight_version]
     argv += ["--skip-tokenizer-init"]  # token ids in, token ids out
     argv += ["--skip-server-warmup"]  # the health check generates a token; that is enough
+    argv += ["--log-level-http", "warning"]  # a line for each request says nothing
     argv += ["--sleep-on-idle"]  # otherwise an idle scheduler spins on a whole core
     if spec.context_length is not None:
         argv += ["--context-length", str(spec.context_length)]
@@ -142,7 +144,6 @@ class SGLangServer:
         self.log_file = Path(log_file)
         self._process: subprocess.Popen[bytes] | None = None
         self._log: BinaryIO | None = None
-        self._log_start = 0
 
     @property
     def url(self) -> str:
@@ -171,8 +172,7 @@ class SGLangServer:
         module, arguments = to_run.argv[2], to_run.argv[3:]
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         self._log = self.log_file.open("ab")
-        self._log_start = self._log.tell()
-        self._log.write(f"$ {' '.join(to_run.argv)}\n".encode())
+        self._log.write(f"{_LOG_MARK}{' '.join(to_run.argv)}\n".encode())
         self._log.flush()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "megatron_distill.sglang.leash", module, *arguments],
@@ -231,7 +231,7 @@ class SGLangServer:
 
     def log_tail(self) -> str:
         """The end of what this process wrote, and the first cause of a failure on the last line."""
-        return log_tail(self.log_file, start=self._log_start)
+        return log_tail(self.log_file)
 
     def __enter__(self) -> Self:
         """Start; use ``wait_ready`` or ``running`` to wait."""
@@ -286,22 +286,21 @@ def running(
             server.stop()
 
 
-def log_tail(log_file: Path, start: int = 0) -> str:
+def log_tail(log_file: Path) -> str:
     """The last lines of a server's log, then its first cause: a crash cascades, and the first error is the one to mend.
 
     Args:
-        log_file: may be missing.
-        start: byte offset to begin at.
+        log_file: may be missing, and may hold earlier starts, which are skipped.
     """
     try:
         with log_file.open("rb") as log:
-            log.seek(start)
-            text = log.read().decode(errors="replace")
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            text = log.read().decode(errors="replace").rpartition(_LOG_MARK)[2]
     except OSError as error:
         return f"(no log: {error})"
-    lines = text[-_TAIL_BYTES:].splitlines()[-_TAIL_LINES:]
     cause = first_cause(text)
-    return "\n".join(["--- end of the log ---", *lines] + ([f"--- first cause ---\n{cause}"] if cause else []))
+    lines = ["--- end of the log ---", *text.splitlines()[-_TAIL_LINES:]]
+    return "\n".join(lines + ([f"--- first cause ---\n{cause}"] if cause else []))
 
 
 def first_cause(log_text: str) -> str | None:

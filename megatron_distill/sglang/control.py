@@ -1,0 +1,221 @@
+"""Operations on all replicas of a server at once: weights in, pause, flush. The half of the client that changes a server.
+
+Nothing here is retried. What half happened to a set of replicas must be looked at, not repeated: each error says what to send
+again. The sequence of a distributed update, which SGLang 0.5.23 insists on:
+
+    joined = client.init_weights_group(...); <rank 0 joins>; joined.result()
+    client.pause(); client.flush_cache(); client.begin_weight_update()
+    for each bucket:  sent = client.update_weights_from_distributed(...); <broadcast>; sent.result()
+    client.end_weight_update(); client.require_weight_version(version); client.continue_generation()
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from megatron_distill.errors import ServerError
+from megatron_distill.sglang.model_dir import require_same_tensors, tensor_names
+from megatron_distill.sglang.transport import Replica, ReplicaPool
+from megatron_distill.sglang.wire import Json
+
+T = TypeVar("T")
+
+
+class ReplicaControl:
+    """Changes what all replicas of a pool serve. ``SGLangClient`` is one."""
+
+    def __init__(self, pool: ReplicaPool, control_timeout_s: float) -> None:
+        """Open no connection yet.
+
+        Args:
+            pool: the replicas.
+            control_timeout_s: longest wait for one operation.
+        """
+        self._pool = pool
+        self._control_timeout_s = control_timeout_s
+        self._served_tensors: set[str] | None = None
+
+    def server_info(self) -> list[Json]:
+        """What each replica says of itself: SGLang's start-up arguments and live state, with ``weight_version``."""
+        return self._on_each(self._info)
+
+    def flush_cache(self, wait_s: float = 30.0) -> None:
+        """Drop cached prefixes on every replica, waiting so long for running requests to end.
+
+        Raises:
+            ServerError: requests are still running.
+        """
+        self._post_all(f"/flush_cache?timeout={wait_s:g}", None)
+
+    def pause(self, mode: Literal["abort", "retract"] = "retract") -> None:
+        """Stop drawing tokens on every replica, until ``continue_generation``. New requests wait.
+
+        Args:
+            mode: "abort" ends running requests (this client then sends them again); "retract" puts them back in the queue,
+                and a response that goes on under other weights is drawn anew.
+        """
+        self._post_all("/pause_generation", {"mode": mode})
+
+    def continue_generation(self) -> None:
+        """End a ``pause`` on every replica."""
+        self._post_all("/continue_generation", {})
+
+    def update_weights_from_disk(self, path: str | os.PathLike[str], version: str) -> None:
+        """Load other weights of the same architecture on every replica, and make sure that every one did.
+
+        Running requests end first; none is answered with a mixture. The directory is checked before a server sees it.
+
+        Args:
+            path: Hugging Face directory that every server can read at this path.
+            version: label of the new weights; later replies carry it.
+
+        Raises:
+            CheckpointError: the directory is incomplete, or holds another model's tensors. Nothing was sent.
+            ServerError: a replica did not load them. Its weights are then unknown: send them again before using it.
+        """
+        model_dir = Path(path)
+        if self._served_tensors is None:  # of the weights it started with: later directories may be gone by now
+            served_dir = Path(self._info(self._pool.replicas[0])["model_path"])
+            self._served_tensors = tensor_names(served_dir if served_dir.is_dir() else model_dir)
+        require_same_tensors(model_dir, self._served_tensors)
+        self._post_all(
+            "/update_weights_from_disk",
+            {"model_path": str(model_dir), "weight_version": version, "flush_cache": True},
+        )
+        self.require_weight_version(version)
+
+    def require_weight_version(self, version: str) -> None:
+        """Make sure that every replica serves this version of the weights.
+
+        Raises:
+            ServerError: one of them does not.
+        """
+        for replica, info in zip(self._pool.replicas, self.server_info(), strict=True):
+            if info["weight_version"] != version:
+                raise ServerError(
+                    f"{replica.url} = weight version {info['weight_version']!r}, expected {version!r}: the update did not "
+                    "reach it, or it was restarted. Send the weights again to all replicas."
+                )
+
+    def init_weights_group(
+        self,
+        master_address: str,
+        master_port: int,
+        *,
+        group_name: str,
+        backend: Literal["nccl", "gloo"],
+        ranks_per_replica: int = 1,
+    ) -> Future[None]:
+        """Let the servers join a process group in which the trainer, rank 0, will broadcast weights.
+
+        World size is ``1 + len(urls) * ranks_per_replica``; replica i holds the ranks after those of replica i - 1.
+
+        Returns:
+            Done when all have joined. That takes the trainer joining too, so start it, join, then wait for it.
+        """
+
+        def join(replica: Replica) -> None:
+            index = self._pool.replicas.index(replica)
+            self._post(
+                replica,
+                "/init_weights_update_group",
+                {
+                    "master_address": master_address,
+                    "master_port": master_port,
+                    "rank_offset": 1 + index * ranks_per_replica,
+                    "world_size": 1 + len(self._pool.replicas) * ranks_per_replica,
+                    "group_name": group_name,
+                    "backend": backend,
+                },
+            )
+
+        return self._in_background(lambda: self._on_each(join))
+
+    def begin_weight_update(self) -> None:
+        """Open the session in which ``update_weights_from_distributed`` may be called. ``pause`` first: SGLang would
+        answer requests between two buckets with weights of both versions."""
+        self._post_all("/begin_weight_update", {})
+
+    def update_weights_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        *,
+        group_name: str,
+        version: str,
+    ) -> Future[None]:
+        """Announce one bucket of tensors that the trainer is about to broadcast.
+
+        The bucket is one uint8 tensor: the tensors' bytes one after the other in this order, each starting at a multiple of
+        its item size (so wider types come first).
+
+        Args:
+            names: Hugging Face names.
+            dtypes: "float32", "bfloat16", ...
+            shapes: full shapes, not shards.
+            group_name: as in ``init_weights_group``.
+            version: label of the new weights.
+
+        Returns:
+            Done when all replicas hold the bucket. Start it, broadcast, then wait for it. If it fails, the weights are a
+            mixture: keep the servers paused and send every bucket again.
+        """
+        bucket = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": group_name,
+            "load_format": "flattened_bucket",
+            "flush_cache": True,
+            "weight_version": version,
+        }
+        return self._in_background(lambda: self._post_all("/update_weights_from_distributed", bucket))
+
+    def end_weight_update(self) -> None:
+        """Close the session. Then ``require_weight_version`` and ``continue_generation``."""
+        self._post_all("/end_weight_update", {})
+
+    def destroy_weights_group(self, group_name: str) -> None:
+        """Let the servers leave the process group."""
+        self._post_all("/destroy_weights_update_group", {"group_name": group_name})
+
+    def _info(self, replica: Replica) -> Json:
+        info = self._pool.control(replica, "GET", "/server_info", None, self._control_timeout_s)
+        # A weight update moves these two, which /server_info goes on reporting as they were at the start.
+        live = self._pool.control(replica, "GET", "/model_info", None, self._control_timeout_s)
+        return info | {key: live[key] for key in ("model_path", "weight_version")}
+
+    def _post(self, replica: Replica, path: str, body: Json | None) -> None:
+        reply = self._pool.control(replica, "POST", path, body, self._control_timeout_s)
+        if reply.get("success") is False:
+            raise ServerError(f"{replica.url}{path} = {reply.get('message')}: it failed. Send all weights again.")
+
+    def _post_all(self, path: str, body: Json | None) -> None:
+        self._on_each(lambda replica: self._post(replica, path, body))
+
+    def _on_each(self, act: Callable[[Replica], T]) -> list[T]:
+        """Act on all replicas at once; the first failure, in their order, is raised after all have ended."""
+        with ThreadPoolExecutor(len(self._pool.replicas)) as threads:
+            return [future.result() for future in [threads.submit(act, replica) for replica in self._pool.replicas]]
+
+    @staticmethod
+    def _in_background(act: Callable[[], object]) -> Future[None]:
+        """Run in a daemon thread: a collective that nobody joins must not keep the program from ending."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                act()
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        threading.Thread(target=run, name="sglang-weights", daemon=True).start()
+        return done

@@ -1,0 +1,266 @@
+"""HTTP to one or more replicas of a server: pooled connections, least-loaded choice, and retries of what is safe.
+
+In flows a JSON request with a function that reads its reply; out flows what that function returns, or one of two errors:
+``ServerError`` when no request can succeed (nobody answers, or the server refuses: 4xx), ``GaveUp`` when this one cannot.
+
+What is retried, with growing random pauses until ``deadline_s``: no connection, a reset, a timeout, 5xx, 429, and a reply
+that is ``NotAnAnswer``. Never any other 4xx. A request whose connection was reset twice is suspected of killing servers
+and is not sent again in this process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import urllib3
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    IncompleteRead,
+    NewConnectionError,
+    ProtocolError,
+    ReadTimeoutError,
+)
+
+from megatron_distill.errors import ServerError
+from megatron_distill.sglang.server import log_tail
+from megatron_distill.sglang.wire import Json, MalformedReply, NotAnAnswer
+
+T = TypeVar("T")
+
+_CONNECT_TIMEOUT_S = 5.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
+_PROBE_EVERY_S = 1.0  # how often a replica that refused a connection is tried again
+_MAX_RESETS = 2
+
+
+class GaveUp(ServerError):
+    """This request could not be answered; others may be."""
+
+
+class _Unreachable(Exception):
+    """No connection: the request was not sent."""
+
+
+class _Reset(Exception):
+    """The connection broke after the request was sent."""
+
+
+class _Busy(Exception):
+    """A timeout, 5xx or 429."""
+
+
+class Replica:
+    """One server: its connections, how many requests are under way, and since when it has been unreachable."""
+
+    def __init__(self, url: str, num_connections: int, log_file: Path | None) -> None:
+        self.url = url.rstrip("/")
+        self.log_file = log_file
+        self.num_in_flight = 0
+        self.down_since: float | None = None
+        self.next_probe = 0.0
+        # urllib3 rather than requests: thread-safe by design, and it never sends a loopback call to a configured proxy.
+        self._http = urllib3.connection_from_url(self.url, maxsize=num_connections, block=True, retries=False)
+
+    def call(self, method: str, path: str, body: bytes | None, read_timeout_s: float) -> bytes:
+        """One HTTP exchange, without retries.
+
+        Raises:
+            ServerError: the server refused the request (4xx but 429).
+            _Unreachable, _Reset, _Busy: what their names say.
+        """
+        try:
+            response = self._http.request(
+                method,
+                path,
+                body=body,
+                headers={"Content-Type": "application/json"} if body else None,
+                timeout=urllib3.Timeout(connect=_CONNECT_TIMEOUT_S, read=read_timeout_s),
+            )
+            data: bytes = response.data
+            self.down_since = None
+        except (NewConnectionError, ConnectTimeoutError) as error:
+            now = time.monotonic()
+            self.down_since = self.down_since or now
+            self.next_probe = now + _PROBE_EVERY_S
+            raise _Unreachable(str(error)) from error
+        except ReadTimeoutError as error:
+            raise _Busy(f"no answer within {read_timeout_s:.0f} s") from error
+        except (ProtocolError, IncompleteRead, http.client.HTTPException, OSError) as error:
+            raise _Reset(str(error)) from error
+        except HTTPError as error:
+            raise _Busy(str(error)) from error
+        if response.status == 200:
+            return data
+        if response.status == 429 or response.status >= 500:
+            raise _Busy(f"HTTP {response.status}: {_error_text(data)}")
+        raise ServerError(
+            f"{self.url}{path} = HTTP {response.status}: {_error_text(data)}. The server refuses this request, and would "
+            "again. Compare the client's vocab_size and context_length with how the server was started."
+        )
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._http.close()
+
+
+class ReplicaPool:
+    """Replicas that serve the same weights."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        num_connections: int,
+        timeout_s: float,
+        deadline_s: float,
+        unreachable_s: float,
+        log_files: Mapping[str, Path],
+    ) -> None:
+        """See ``SGLangClient`` for the arguments."""
+        self.replicas = [Replica(url, num_connections, log_files.get(url)) for url in urls]
+        self.counters: Counter[str] = Counter()
+        self._timeout_s = timeout_s
+        self._deadline_s = deadline_s
+        self._unreachable_s = unreachable_s
+        self._lock = threading.Lock()
+        self._num_resets: Counter[bytes] = Counter()
+
+    def request(self, request: Json, read: Callable[[Json], T], cancelled: threading.Event) -> T:
+        """Send to the least-loaded replica, retry what is safe, and return ``read(reply)``.
+
+        Args:
+            request: body of POST /generate.
+            read: takes the reply apart; may raise ``NotAnAnswer`` (ask again) or ``MalformedReply`` (give up).
+            cancelled: set by another thread to end the retries.
+
+        Raises:
+            GaveUp: the deadline passed, the reply is malformed, or the request is suspected of killing servers.
+            ServerError: no replica can be reached, or the request was refused.
+        """
+        body = json.dumps(request).encode()
+        digest = hashlib.blake2b(body, digest_size=16).digest()
+        deadline = time.monotonic() + self._deadline_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            self._refuse_quarantined(digest)
+            replica = self._acquire(cancelled)
+            try:
+                answer = read(json.loads(replica.call("POST", "/generate", body, self._timeout_s)))
+                with self._lock:
+                    self._num_resets.pop(digest, None)
+                return answer
+            except _Unreachable:
+                self.count("unreachable")
+                continue  # _acquire waits for it, or takes another
+            except _Reset as error:
+                problem = f"connection reset ({error})"
+                self.count("resets")
+                with self._lock:
+                    self._num_resets[digest] += 1
+            except (_Busy, NotAnAnswer) as error:
+                problem = str(error)
+                self.count("retries")
+            except (MalformedReply, LookupError, TypeError, ValueError) as error:
+                raise GaveUp(
+                    f"{replica.url} = malformed reply: {error}. The server is not the SGLang this client was written "
+                    "for, or a proxy changed the reply. Talk to the server itself, at a version docs/sglang.md names."
+                ) from error
+            finally:
+                self._release(replica)
+            if time.monotonic() + pause_s > deadline:
+                raise GaveUp(
+                    f"{replica.url} = {problem}: still so after {self._deadline_s:.0f} s of retries. "
+                    f"The server is overloaded, paused or stuck. See {replica.log_file or 'its log'}, or raise deadline_s."
+                )
+            cancelled.wait(pause_s * random.uniform(0.5, 1.5))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def control(self, replica: Replica, method: str, path: str, body: Json | None, timeout_s: float) -> Json:
+        """One control call to one replica, without retries: what half happened must be looked at, not repeated.
+
+        Raises:
+            ServerError: it failed in any way.
+        """
+        try:
+            data = replica.call(method, path, json.dumps(body).encode() if body is not None else None, timeout_s)
+        except (_Unreachable, _Reset, _Busy) as error:
+            raise ServerError(
+                f"{replica.url}{path} = {error}: the server did not do it. {self._where_to_look(replica)}"
+            ) from error
+        try:
+            reply = json.loads(data)
+        except ValueError:
+            return {"message": data.decode(errors="replace")}  # /flush_cache answers in plain text
+        return reply if isinstance(reply, dict) else {"message": reply}
+
+    def close(self) -> None:
+        """Close idle connections."""
+        for replica in self.replicas:
+            replica.close()
+
+    def _acquire(self, cancelled: threading.Event) -> Replica:
+        """The least-loaded replica that is up, waiting for one if need be. ``_release`` gives it back."""
+        while True:
+            if cancelled.is_set():
+                raise GaveUp("sglang request = cancelled: another request failed.")
+            now = time.monotonic()
+            with self._lock:
+                candidates = [replica for replica in self.replicas if replica.next_probe <= now]
+                if candidates:
+                    replica = min(candidates, key=lambda candidate: candidate.num_in_flight)
+                    replica.num_in_flight += 1
+                    return replica
+                all_down_s = now - max(replica.down_since or now for replica in self.replicas)
+            if all_down_s > self._unreachable_s:
+                raise ServerError(
+                    f"sglang servers = no connection for {all_down_s:.0f} s: nothing listens at "
+                    f"{', '.join(replica.url for replica in self.replicas)}. They died or were never started. "
+                    "Start them again and send the current weights.\n"
+                    + "\n".join(self._where_to_look(replica) for replica in self.replicas)
+                )
+            cancelled.wait(_PROBE_EVERY_S / 4)
+
+    def _release(self, replica: Replica) -> None:
+        with self._lock:
+            replica.num_in_flight -= 1
+
+    def _refuse_quarantined(self, digest: bytes) -> None:
+        if self._num_resets[digest] >= _MAX_RESETS:
+            self.count("quarantined")
+            raise GaveUp(
+                f"sglang request {digest.hex()[:8]} = connection reset {_MAX_RESETS} times: it seems to kill servers, and is "
+                "not sent again. See the end of the server's log for the error it causes."
+            )
+
+    def count(self, what: str) -> None:
+        """Add one to a counter."""
+        with self._lock:
+            self.counters[what] += 1
+
+    @staticmethod
+    def _where_to_look(replica: Replica) -> str:
+        if replica.log_file is None:
+            return f"See the log of {replica.url}."
+        return f"Log of {replica.url}: {replica.log_file}\n{log_tail(replica.log_file)}"
+
+
+def _error_text(body: bytes) -> str:
+    """The message in an error reply; SGLang wraps it in three different ways."""
+    try:
+        reply = json.loads(body)
+        message = reply.get("error", reply)
+        if isinstance(message, dict):
+            message = message.get("message", message)
+    except (ValueError, AttributeError):
+        message = body.decode(errors="replace")
+    return str(message).strip().rstrip(".")[:500]
