@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -62,6 +63,8 @@ class ServerSpec:
         deterministic: honour ``sampling_seed``. Without it SGLang ignores seeds. On a GPU it selects batch-invariant kernels.
         weight_version: label of the weights in ``model_dir``; every reply carries it.
         tp: tensor-parallel size of this one server.
+        cpu_threads: OpenMP threads of a CPU server. More than one helps only large models on idle cores: on two busy cores,
+            two threads that wait for each other made a tiny model 50 times slower.
         extra_args: further ``sglang.launch_server`` arguments; they come last, so they win.
     """
 
@@ -75,6 +78,7 @@ class ServerSpec:
     deterministic: bool = True
     weight_version: str = "0"
     tp: int = 1
+    cpu_threads: int = 1
     extra_args: tuple[str, ...] = ()
 
     @property
@@ -123,7 +127,7 @@ def command(spec: ServerSpec, python: str = sys.executable) -> ServerCommand:
         argv += ["--attention-backend", "torch_native", "--disable-overlap-schedule"]
         # SGLang sizes its cache by free memory, of which a CPU server should take little: 32768 tokens of a small model.
         argv += ["--mem-fraction-static", "0.1", "--max-total-tokens", "32768"]
-        env |= CPU_SERVER_ENV
+        env |= CPU_SERVER_ENV | {"OMP_NUM_THREADS": str(spec.cpu_threads)}
         if spec.tp > 1:  # one core a rank; SGLang otherwise asks for as many NUMA nodes as ranks
             env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(spec.tp))
     return ServerCommand(argv + list(spec.extra_args), env)
@@ -154,6 +158,11 @@ class SGLangServer:
     def name(self) -> str:
         """How messages call it."""
         return f"sglang.{self.spec.role} ({self.url})"
+
+    @property
+    def process_group(self) -> int | None:
+        """Id of the group of all its processes, or None if it is not started."""
+        return self._process.pid if self._process else None
 
     def is_alive(self) -> bool:
         """Whether the process was started and has not ended."""
@@ -198,7 +207,7 @@ class SGLangServer:
         """
         started = time.monotonic()
         next_report = started + _PROGRESS_EVERY_S
-        while not self._answers():
+        while not answers(self.url):
             now = time.monotonic()
             if not self.is_alive():
                 code = self._process.returncode if self._process else None
@@ -243,13 +252,6 @@ class SGLangServer:
     ) -> None:
         self.stop()
 
-    def _answers(self) -> bool:
-        """Whether the process is up and can generate: SGLang's /health draws one token."""
-        try:
-            return requests.get(f"{self.url}/health", timeout=_HEALTH_TIMEOUT_S).status_code == 200
-        except requests.RequestException:
-            return False
-
     def _start_failure(self, what: str) -> ServerError:
         self._kill_group()
         return ServerError(f"{self.name} = {self.spec.model_dir}: {what}. Log: {self.log_file}\n{self.log_tail()}")
@@ -263,6 +265,14 @@ class SGLangServer:
         if self._process.stdin:
             self._process.stdin.close()
         self._log.close()
+
+
+def answers(url: str) -> bool:
+    """Whether the server at ``url`` is up and can generate: SGLang's /health draws one token."""
+    try:
+        return requests.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S).status_code == 200
+    except requests.RequestException:
+        return False
 
 
 @contextlib.contextmanager
@@ -304,9 +314,11 @@ def log_tail(log_file: Path) -> str:
 
 
 def first_cause(log_text: str) -> str | None:
-    """The last line of the first traceback in a log ("ValueError: ..."), or None if there is no traceback."""
+    """The first error in a log: an "ERROR:" line, or the last line of a traceback. None if there is neither."""
     in_traceback = False
     for line in log_text.splitlines():
+        if re.search(r"\b(ERROR|error):", line):
+            return line
         if "Traceback (most recent call last)" in line:
             in_traceback = True
         elif in_traceback and re.match(r"[A-Za-z_][\w.]*(:|$)", line):
@@ -321,9 +333,17 @@ def _detect_device() -> Literal["cpu", "cuda"]:
 
 
 def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody holds, from below the range that Linux hands out to outgoing connections (from 32768).
+
+    A server binds only after minutes of loading; a port of that range would often be some client's by then.
+    """
+    for port in random.SystemRandom().sample(range(20000, 32768), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise ServerError(
+        f"ServerSpec.port = 0 on {host}: no free port found in 100 tries. Is the host right? Name a port."
+    )
 
 
 def _require_free_port(spec: ServerSpec) -> None:
