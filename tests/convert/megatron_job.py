@@ -1,0 +1,167 @@
+"""One rank of a Megatron job: for each case, load a Hugging Face model, compare logits, stream it back, and save it.
+
+Started by ``launch`` as ``python megatron_job.py RANK WORLD STORE CASES.json RESULTS.json``: many cases share the 10-20 s
+that importing Megatron costs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tiny_models import logits_file
+
+HERE = Path(__file__).parent
+
+
+def launch(world_size: int, cases: list[dict[str, Any]], folder: Path, timeout_s: float = 400) -> list[dict[str, Any]]:
+    """Run the cases on ``world_size`` ranks; one result for each case, from rank 0."""
+    cases_file, results_file = folder / "cases.json", folder / "results.json"
+    cases_file.write_text(json.dumps(cases))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    ranks = []
+    for rank in range(world_size):
+        command = [sys.executable, str(HERE / "megatron_job.py"), str(rank), str(world_size), str(folder / "store")]
+        log = (folder / f"rank{rank}.log").open("w")
+        ranks.append(
+            subprocess.Popen(
+                [*command, str(cases_file), str(results_file)], env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        )
+    try:
+        codes = [process.wait(timeout_s) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(world_size))
+    assert codes == [0] * world_size, logs
+    return json.loads(results_file.read_text())
+
+
+def run_rank(rank: int, world_size: int, store: str, cases_file: str, results_file: str) -> None:
+    from megatron_distill.megatron import cpu_backend
+
+    cpu_backend.install()
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    results = [run_case(case) for case in json.loads(Path(cases_file).read_text())]
+    if rank == 0:
+        Path(results_file).write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """``{"hf_dir", "tp", "pp", "ep"}`` -> the largest logit difference and whether the round trip is bit-exact."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from safetensors.torch import load_file
+
+    from megatron_distill.convert.live import load_hf_weights, save_hf, stream_hf_tensors
+
+    model, config = build(case)
+    load_hf_weights(model, case["hf_dir"])
+    result: dict[str, Any] = {"case": case}
+    result["logit_diff"] = logit_difference(model, config, case["hf_dir"])
+
+    original = {name: t for file in Path(case["hf_dir"]).glob("*.safetensors") for name, t in load_file(file).items()}
+    streamed: dict[str, torch.Tensor] = {}
+    num_buckets = 0
+    for bucket in stream_hf_tensors(model, config, bucket_bytes=case.get("bucket_bytes", 1 << 14)):
+        num_buckets += 1
+        assert dist.get_rank() == 0 or not bucket
+        for name, tensor in bucket:
+            assert name not in streamed
+            streamed[name] = tensor.clone()
+    if dist.get_rank() == 0:
+        result["num_buckets"] = num_buckets
+        result["same_names"] = streamed.keys() == original.keys()
+        result["differing"] = [n for n, t in original.items() if n not in streamed or not torch.equal(t, streamed[n])]
+    if "save_dir" in case:
+        save_hf(model, config, case["hf_dir"], case["save_dir"], max_file_bytes=case.get("max_file_bytes", 1 << 40))
+        assert Path(case["save_dir"], "config.json").exists()
+    parallel_state.destroy_model_parallel()
+    return result
+
+
+def build(case: dict[str, Any]) -> tuple[Any, Any]:
+    """The fp32 model of a case on this rank, and its config."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_distill.convert.hf_config import HfConfig
+    from megatron_distill.convert.layout import padded_vocab_size
+    from megatron_distill.megatron.model import build_gpt_model, transformer_config_kwargs
+
+    tp, pp, ep = case.get("tp", 1), case.get("pp", 1), case.get("ep", 1)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=case.get("etp", tp),
+    )
+    model_parallel_cuda_manual_seed(1)
+    config = HfConfig.from_dir(case["hf_dir"])
+    transformer_config = TransformerConfig(
+        **transformer_config_kwargs(config),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=case.get("etp", tp),
+        params_dtype=torch.float32,
+        pipeline_dtype=torch.float32,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        transformer_impl="local",
+    )
+    model = build_gpt_model(
+        config,
+        transformer_config,
+        padded_vocab_size=padded_vocab_size(config.vocab_size, 4, tp),
+        use_transformer_engine=False,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=False,
+    )
+    return model.eval(), config
+
+
+def logit_difference(model: Any, config: Any, hf_dir: str) -> float:
+    """Largest |Megatron - transformers| over the logits that ``write_hf_model`` left, on every rank."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    expected = torch.load(logits_file(hf_dir))
+    tokens = expected["tokens"]
+    batch, length = tokens.shape
+    positions = torch.arange(length).expand(batch, -1)
+    mask = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)[None, None]
+    difference = torch.zeros(1)
+    with torch.no_grad():
+        if not parallel_state.is_pipeline_first_stage():
+            hidden = torch.empty(length, batch, config.hidden_size)
+            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+            model.set_input_tensor(hidden)
+        output = model(tokens, positions, mask)
+        if parallel_state.is_pipeline_last_stage():
+            assert expected["logits"].abs().max() > 0.5, "logits too small for the comparison to mean anything"
+            difference[0] = (output[..., : config.vocab_size] - expected["logits"]).abs().max()
+        else:
+            dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+    dist.all_reduce(difference, dist.ReduceOp.MAX)
+    return float(difference)
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
