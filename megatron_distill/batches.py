@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megatron_distill.types import Rollout, TeacherScores
@@ -48,6 +49,8 @@ class MicroBatch:
         tokens_RL: int64, packed prompts and responses, padded with 0.
         position_ids_RL: int64, counted from each sequence's start.
         attention_mask: bool [R, 1, L, L], True = masked (Megatron's convention).
+        sequence_starts: int32 [N + 1], where each of the N sequences (padding counts as such) starts in the flattened
+            rows, and their end: what packed attention kernels call ``cu_seqlens``.
         logits_index_T: int64, flat index into [R * L] of the logits that predict each response token.
         target_ids_T: int64, the response tokens themselves.
         response_position_T: int64, 0-based place of the token in its response.
@@ -63,6 +66,7 @@ class MicroBatch:
     tokens_RL: torch.Tensor
     position_ids_RL: torch.Tensor
     attention_mask: torch.Tensor
+    sequence_starts: torch.Tensor
     logits_index_T: torch.Tensor
     target_ids_T: torch.Tensor
     response_position_T: torch.Tensor
@@ -158,6 +162,7 @@ def _pack(samples: Sequence[Sample], in_process_teacher: bool, pad_multiple: int
         tokens_RL=torch.from_numpy(tokens),
         position_ids_RL=torch.from_numpy(positions),
         attention_mask=block_causal_mask(torch.from_numpy(sequence_of)),
+        sequence_starts=_sequence_starts(sequence_of),
         logits_index_T=torch.from_numpy(np.concatenate(logits_index)),
         target_ids_T=_cat([s.rollout.response_ids for s in packed], np.int64),
         response_position_T=_cat([np.arange(len(s.rollout.response_ids)) for s in packed], np.int64),
@@ -176,6 +181,12 @@ def block_causal_mask(sequence_of_RL: torch.Tensor) -> torch.Tensor:
     same_RLL = sequence_of_RL[:, :, None] == sequence_of_RL[:, None, :]
     causal_LL = torch.ones(sequence_of_RL.shape[1:] * 2, dtype=torch.bool).tril()
     return ~(same_RLL & causal_LL)[:, None]
+
+
+def _sequence_starts(sequence_of_RL: np.ndarray) -> torch.Tensor:
+    is_start_RL = np.ones(sequence_of_RL.shape, bool)
+    is_start_RL[:, 1:] = sequence_of_RL[:, 1:] != sequence_of_RL[:, :-1]
+    return torch.from_numpy(np.append(np.flatnonzero(is_start_RL), sequence_of_RL.size).astype(np.int32))
 
 
 def _teacher_tensors(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -206,7 +217,7 @@ def _teacher_tensors(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     }
 
 
-def _cat(arrays: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
+def _cat(arrays: Sequence[npt.ArrayLike], dtype: type) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.asarray(array, dtype) for array in arrays]))
 
 

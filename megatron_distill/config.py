@@ -51,12 +51,10 @@ class TeacherConfig:
         "in_process: Megatron holds the teacher beside the student, full vocabulary, same sharding",
     )
     top_k: int = _field(64, "log-probs a token from the server (sglang_topk), at most the vocabulary size")
-    tail: Literal["bucket", "renormalise", "drop"] = _field(
+    tail: Literal["bucket", "renormalised", "dropped"] = _field(
         "bucket", "what becomes of the mass outside the top-k; bucket is the only unbiased-in-sign choice"
     )
-    max_missing_frac: float = _field(
-        0.1, "share of a step's rollouts that may lack teacher scores; above, the run fails"
-    )
+    max_missing_frac: float = _field(0.1, "share of a step's rollouts that may lack teacher scores; more is an error")
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ class ServersConfig:
     teacher_replicas: int = _field(1, "teacher servers")
     startup_timeout_s: float = _field(600.0, "longest wait for a server's health")
     request_timeout_s: float = _field(600.0, "longest wait for one reply")
-    max_concurrency: int = _field(64, "requests in flight to all replicas of one role")
+    requests_per_replica: int = _field(64, "requests in flight to one replica")
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,9 @@ def problems_of(config: RunConfig) -> list[str]:
         if isinstance(value, int | float) and not isinstance(value, bool):
             if name.endswith("_frac"):
                 rule(0 <= value <= 1, where, "a share must lie in [0, 1].")
-            elif name in ("tp", "pp", "dp", "num_steps") or name.endswith(("_replicas", "_per_step", "_per_prompt")):
+            elif name in ("tp", "pp", "dp", "num_steps") or name.endswith(
+                ("_replicas", "_per_step", "_per_prompt", "_per_replica")
+            ):
                 rule(value >= 1, where, "must be at least 1.")
             elif name.startswith(("num_", "max_")) or name.endswith(("_tokens", "_problems", "_per_problem", "_s")):
                 rule(value > 0, where, "must be positive.")
@@ -348,9 +348,7 @@ def load(path: Path) -> RunConfig:
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"config = {path}: no such file. Name a run folder made by `megatron-distill train`."
-        ) from error
+        raise ConfigError(f"config = {path}: no such file. Name a run folder of `megatron-distill train`.") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"config = {path}: not JSON ({error}). Start the run again to rewrite it.") from error
     return from_dict(data)

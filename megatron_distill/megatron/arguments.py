@@ -1,0 +1,81 @@
+"""From a run's config to Megatron's command line: what a user of ``megatron.training`` would have typed.
+
+In: ``RunConfig`` and the student's architecture. Out: a list of flags, and nothing else; Megatron parses and checks them
+itself.
+"""
+
+import math
+
+from megatron_distill.config import RunConfig
+from megatron_distill.convert.hf_config import HfConfig
+from megatron_distill.convert.layout import padded_vocab_size
+from megatron_distill.megatron import cpu_backend
+from megatron_distill.megatron.model import megatron_arguments
+from megatron_distill.run_folder import RunFolder
+
+VOCAB_DIVISOR = 128  # Megatron's own default for --make-vocab-size-divisible-by
+ROW_MULTIPLE = 8  # rows of a packed batch are padded to a multiple of it
+
+
+def sequence_length(config: RunConfig) -> int:
+    """Longest packed row, in tokens: the longest prompt and response, rounded up."""
+    multiple = math.lcm(ROW_MULTIPLE, config.student.tp)
+    return -(-config.max_sequence_tokens // multiple) * multiple
+
+
+def student_padded_vocab_size(config: RunConfig, student: HfConfig) -> int:
+    """Rows of the embedding over all tensor-parallel ranks."""
+    return padded_vocab_size(student.vocab_size, VOCAB_DIVISOR, config.student.tp)
+
+
+def training_arguments(config: RunConfig, student: HfConfig, folder: RunFolder) -> list[str]:
+    """The flags of ``megatron.training`` for one run.
+
+    Two of them are not obvious. ``--full-validation`` of one empty validation set and ``--eval-interval 1`` makes the
+    loop call ``pretrain``'s public ``non_loss_data_func`` after every step, on every rank, with parameters in sync: that
+    is where weights are pushed and the next step's rollouts are drawn. ``--calculate-per-token-loss`` divides gradients
+    by the global token count, once, so that micro-batches and replicas cannot change the result.
+    """
+    student_config, optimizer = config.student, config.optimizer
+    values = {
+        "tensor-model-parallel-size": student_config.tp,
+        "pipeline-model-parallel-size": student_config.pp,
+        "micro-batch-size": config.micro_batch_rollouts,
+        "global-batch-size": config.rollouts_per_step,
+        "seq-length": sequence_length(config),
+        "make-vocab-size-divisible-by": VOCAB_DIVISOR,
+        "tokenizer-type": "NullTokenizer",  # token ids in, token ids out
+        "train-iters": config.num_steps,
+        "lr": optimizer.lr,
+        "min-lr": optimizer.lr,
+        "lr-decay-style": "constant",
+        "lr-warmup-iters": math.ceil(optimizer.warmup_frac * config.num_steps) if config.num_steps > 1 else 0,
+        "weight-decay": optimizer.weight_decay,
+        "adam-beta1": optimizer.adam_beta1,
+        "adam-beta2": optimizer.adam_beta2,
+        "clip-grad": optimizer.clip_grad,
+        "seed": config.seed,
+        "dataloader-type": "external",
+        "rerun-mode": "disabled",  # replays would ask the servers again
+        "eval-interval": 1,
+        "log-interval": 1,
+        "distributed-timeout-minutes": 120,  # ranks wait while responses are sampled
+        "save": folder.checkpoints,
+        "save-interval": config.save_every_steps or config.num_steps,
+        "ckpt-format": "torch_dist",
+    }
+    switches = ["calculate-per-token-loss", "exit-signal-handler"]
+    # --full-validation alone fails on a single set in megatron-core 0.19.2 (it takes an int for a list).
+    switches += ["full-validation", "multiple-validation-sets"]
+    if folder.latest_checkpoint_step():
+        values["load"] = folder.checkpoints
+    if student_config.dtype == "bf16":
+        switches.append("bf16")
+    if student_config.distributed_optimizer:
+        switches.append("use-distributed-optimizer")
+    if student_config.sequence_parallel:
+        switches.append("sequence-parallel")
+    if student_config.recompute:
+        values |= {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
+    flags = [f"--{name}={value}" for name, value in values.items()] + [f"--{name}" for name in switches]
+    return megatron_arguments(student) + flags + list(cpu_backend.CPU_ARGUMENTS if cpu_backend.is_cpu() else ())

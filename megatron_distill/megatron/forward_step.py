@@ -1,0 +1,90 @@
+"""The function that Megatron's loop calls on each micro-batch: student logits, then the loss.
+
+``make_forward_step`` returns a ``forward_step(data_iterator, model)`` for ``megatron.training.pretrain`` or for any
+script that drives Megatron's schedules; the iterator must yield ``StepBatch``es.
+
+    batch -> model -> logits [R, L, V/tp] -> response tokens' rows [T, V/tp] -> objective -> one number, and metrics
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_distill.batches import MicroBatch
+from megatron_distill.objective import Objective, StepPlan
+
+TeacherLogits = Callable[[MicroBatch], torch.Tensor]
+"""Logits [T, V/tp] of a teacher that runs beside the student, for the batch's response tokens."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What the data iterator yields: one micro-batch, and the plan of the step it belongs to."""
+
+    batch: MicroBatch
+    plan: StepPlan
+
+
+def run_model(model: Any, batch: MicroBatch, *, packed_kernels: bool) -> torch.Tensor:
+    """The model's output for a micro-batch: logits [R, L, V/tp] on the last pipeline stage.
+
+    Args:
+        model: a Megatron ``GPTModel``, wrapped or not.
+        batch: on the model's device.
+        packed_kernels: Transformer Engine attends to packed sequences by their lengths, over one long row [1, R * L];
+            Megatron's local attention takes the rows and a block-diagonal mask.
+    """
+    if not packed_kernels:
+        return model(batch.tokens_RL, batch.position_ids_RL, batch.attention_mask)
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    starts = batch.sequence_starts
+    lengths = starts.diff()
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        max_seqlen_q=int(lengths.max()),
+        max_seqlen_kv=int(lengths.max()),
+    )
+    return model(batch.tokens_RL.view(1, -1), batch.position_ids_RL.view(1, -1), None, packed_seq_params=packed)
+
+
+def response_logits(logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """The rows [T, V/tp] of ``logits`` [R, L, V/tp] that predict response tokens."""
+    return logits.reshape(-1, logits.shape[-1]).index_select(0, batch.logits_index_T)
+
+
+def make_forward_step(
+    objective: Objective, *, packed_kernels: bool, teacher_logits: TeacherLogits | None = None
+) -> Callable[[Iterator[StepBatch], Any], tuple[torch.Tensor, Callable[[torch.Tensor], Any]]]:
+    """Build the ``forward_step`` of a run.
+
+    Args:
+        objective: turns response logits into a loss and metrics.
+        packed_kernels: see ``run_model``.
+        teacher_logits: the in-process teacher; None if scores travel with the batch.
+
+    Returns:
+        A function of (data_iterator, model) for Megatron's schedules. Its loss function returns, as
+        ``--calculate-per-token-loss`` wants, (sum over tokens, number of tokens, {metric: [sum, count]}).
+    """
+
+    def forward_step(
+        data_iterator: Iterator[StepBatch], model: Any
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+        step_batch = next(data_iterator)
+        batch, plan = step_batch.batch, step_batch.plan
+        output = run_model(model, batch, packed_kernels=packed_kernels)
+
+        def loss_function(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            teacher = teacher_logits(batch) if teacher_logits is not None else None
+            total, report = objective(response_logits(logits, batch), batch, plan, teacher)
+            num_tokens = torch.tensor(batch.target_ids_T.numel(), dtype=torch.int, device=logits.device)
+            return total, num_tokens, report
+
+        return output, loss_function
+
+    return forward_step

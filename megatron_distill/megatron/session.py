@@ -1,0 +1,276 @@
+"""One training run inside Megatron's unmodified loop: what ``pretrain`` is given, and what happens between its steps.
+
+    pretrain ──> build_model      the student, with its Hugging Face weights
+             ──> datasets         connect to the servers, evaluate the start, draw the first step's rollouts
+             ──> forward_step     per micro-batch: logits, loss            (megatron_distill.megatron.forward_step)
+             ──> after_step       per step: metrics, weights to the servers, evaluation, the next step's rollouts
+
+``after_step`` is ``pretrain``'s public ``non_loss_data_func``: Megatron calls it on every rank after each step, outside
+autograd, with parameters in sync. Whatever needs all ranks at once (gathering weights, sharing rollouts) happens there,
+never in the data iterator, whose ``next`` the stages of a pipeline call at different times.
+"""
+
+import shutil
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from megatron_distill.collector import Collector, Endpoints
+from megatron_distill.config import RunConfig
+from megatron_distill.convert.hf_config import HfConfig
+from megatron_distill.convert.live import load_hf_weights, save_hf
+from megatron_distill.megatron import cpu_backend
+from megatron_distill.megatron.arguments import ROW_MULTIPLE, student_padded_vocab_size
+from megatron_distill.megatron.feed import StepFeed
+from megatron_distill.megatron.forward_step import make_forward_step
+from megatron_distill.megatron.in_process_teacher import InProcessTeacher
+from megatron_distill.megatron.megatron_log import ScalarTap
+from megatron_distill.megatron.model import build_gpt_model
+from megatron_distill.megatron.ranks import Ranks, find_ranks
+from megatron_distill.metrics import Sums, add_sums, check_declared, means
+from megatron_distill.objective import Objective
+from megatron_distill.run_folder import RunFolder, append
+from megatron_distill.vocabulary import Vocabulary
+
+
+class Session:
+    """State of a run on one rank. Its methods are the arguments of ``megatron.training.pretrain``."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, endpoints: Endpoints, vocabulary: Vocabulary) -> None:
+        """Remember what the run is; Megatron is not initialised yet.
+
+        Args:
+            config: of the run.
+            folder: its folder, created by the launcher.
+            endpoints: the servers' addresses.
+            vocabulary: shared by student and teacher.
+        """
+        self.config, self.folder, self.endpoints, self.vocabulary = config, folder, endpoints, vocabulary
+        self.hf_config = HfConfig.from_dir(config.student.path)
+        self.packed_kernels = not cpu_backend.is_cpu()
+        self._chunks: list[Any] = []
+        self._teacher: InProcessTeacher | None = None
+        self._objective: Objective | None = None
+        self._forward_step: Any = None
+        self._step = 0
+        self._synced_version = 0
+
+    # --- what pretrain calls, in this order ---------------------------------------------------------------------------
+
+    def build_model(
+        self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any
+    ) -> Any:
+        """Megatron's model provider: this rank's part of the student, with its Hugging Face weights."""
+        from megatron.training import get_args
+        from megatron.training.arguments import core_transformer_config_from_args
+
+        transformer_config = core_transformer_config_from_args(get_args())
+        # Packed rows differ in number and length from one micro-batch to the next.
+        transformer_config.variable_seq_lengths = self.config.student.pp > 1
+        model = build_gpt_model(
+            self.hf_config,
+            transformer_config,
+            padded_vocab_size=student_padded_vocab_size(self.config, self.hf_config),
+            use_transformer_engine=not cpu_backend.is_cpu(),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+        if not self.folder.latest_checkpoint_step():  # else Megatron loads the checkpoint over them
+            load_hf_weights(model, self.config.student.path)
+        self._chunks.append(model)
+        return model
+
+    def datasets(self, num_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+        """Megatron's dataset provider: the feed, filled for the first step; no validation or test set.
+
+        Called on every rank once the model, the optimizer and any checkpoint are loaded.
+        """
+        from megatron.core import mpu
+        from megatron.training import get_args, global_vars
+
+        self._step = self._synced_version = get_args().iteration
+        self.ranks: Ranks = find_ranks()
+        device = next(self._chunks[0].parameters()).device
+        self._collector = (
+            Collector(self.config, self.folder, self.endpoints, self.vocabulary) if self.ranks.is_leader else None
+        )
+        self._tap = ScalarTap()
+        if self.ranks.is_reporter:
+            global_vars._GLOBAL_TENSORBOARD_WRITER = self._tap
+        teacher_config = self.config.teacher
+        if teacher_config.transport == "in_process":
+            self._teacher = InProcessTeacher(
+                teacher_config.path,
+                padded_vocab_size=student_padded_vocab_size(self.config, self.hf_config),
+                packed_kernels=self.packed_kernels,
+                device=device,
+            )
+        self._objective = Objective(
+            distill_weight=self.config.distill.weight,
+            temperature=self.config.distill.temperature,
+            tail=teacher_config.tail,
+            stop_token_ids=self.vocabulary.stop_token_ids,
+            vocab_size=self.vocabulary.size,
+            tp_group=mpu.get_tensor_model_parallel_group() if self.config.student.tp > 1 else None,
+        )
+        self._forward_step = make_forward_step(
+            self._objective, packed_kernels=self.packed_kernels, teacher_logits=self._teacher
+        )
+        self.feed = StepFeed(
+            self.ranks,
+            lambda step, share: self._on_leader().collect(step, share, self._horizon_tokens(step)),
+            micro_batch_rollouts=self.config.micro_batch_rollouts,
+            reverse_kl_weight=self.config.distill.reverse_kl_weight.at,
+            in_process_teacher=self._teacher is not None,
+            pad_multiple=max(ROW_MULTIPLE, self.config.student.tp),
+            device=device,
+        )
+        self.ranks.from_leader(lambda: self._on_leader().wait_ready(self._say))
+        if self._step:
+            self._sync(force=True)  # the servers came up with the weights the run began with
+        else:
+            self._evaluate()
+        self._began = time.perf_counter()
+        self._prepare()
+        return self.feed, [()], None  # one validation set, of no batches
+
+    datasets.is_distributed = True  # type: ignore[attr-defined]
+
+    def forward_step(self, data_iterator: Any, model: Any) -> Any:
+        """Megatron's forward step; see ``megatron_distill.megatron.forward_step``."""
+        return self._forward_step(data_iterator, model)
+
+    def after_step(self, model: Any) -> None:
+        """Between two steps, on every rank. Megatron calls it once more when training has ended: then it does nothing."""
+        if self._step >= self.config.num_steps:
+            return
+        self._step += 1
+        seconds = self._seconds | {"train_s": time.perf_counter() - self._prepared}
+        evaluate = self._is_evaluation_due()
+        if evaluate or (self._step < self.config.num_steps and self._samples_student(self._step)):
+            began = time.perf_counter()
+            self._sync()
+            seconds["sync_s"] = time.perf_counter() - began
+        self._report(seconds)
+        if evaluate:
+            self._evaluate()
+        self._began = time.perf_counter()
+        if self._step < self.config.num_steps:
+            self._prepare()
+
+    def finish(self) -> None:
+        """After ``pretrain``: export the student for transformers and SGLang, close what is open. Collective."""
+        self._say("exporting the student to hf/")
+        save_hf(self._chunks, self.hf_config, self.config.student.path, self.folder.hf, overwrite=True)
+        if self.ranks.rank == 0:
+            shutil.rmtree(self.folder.sync, ignore_errors=True)
+        if self._collector is not None:
+            self._collector.close()
+
+    # --- between steps ------------------------------------------------------------------------------------------------
+
+    def _on_leader(self) -> Collector:
+        assert self._collector is not None, "only a replica's leader has a collector"
+        return self._collector
+
+    def _say(self, text: str) -> None:
+        if self.ranks.rank == 0:
+            self.folder.event("trainer", text)
+
+    def _horizon_tokens(self, step: int) -> int:
+        return int(self.config.curriculum.horizon_tokens.at(step))
+
+    def _samples_student(self, step: int) -> bool:
+        return self.config.rollouts.student_prefix_frac.at(step) > 0
+
+    def _is_evaluation_due(self) -> bool:
+        every = self.config.evaluation.every_steps
+        return self._step == self.config.num_steps or bool(every and self._step % every == 0)
+
+    def _prepare(self) -> None:
+        self._rollout_sums, self._seconds = self.feed.prepare(self._step)
+        self._prepared = time.perf_counter()
+
+    def _sync(self, force: bool = False) -> None:
+        """Bring the live weights to the student's servers, stamped with the number of steps behind them. Collective."""
+        version = self._step
+        if version == self._synced_version and not force:
+            return
+        path = self.folder.sync / f"v{version:06d}"
+        save_hf(self._chunks, self.hf_config, self.config.student.path, path, overwrite=True)
+
+        def load() -> None:
+            if self.ranks.rank == 0:
+                self._on_leader().load_weights(path, version)
+                old = self.folder.sync / f"v{self._synced_version:06d}"
+                if old != path:
+                    shutil.rmtree(old, ignore_errors=True)
+
+        self.ranks.from_leader(load)
+        self._synced_version = version
+
+    def _evaluate(self) -> None:
+        def work() -> None:
+            if self.ranks.rank == 0:
+                self._say(f"evaluating on {self.config.evaluation.num_problems} held-out problems")
+                summary = self._on_leader().evaluate(self._step).summary
+                self.folder.event("trainer", "evaluated", evaluation=asdict(summary))
+
+        self.ranks.from_leader(work)
+
+    def _report(self, seconds: dict[str, float]) -> None:
+        """Add up the step's metrics over all ranks; the reporter writes them."""
+        assert self._objective is not None
+        sums: Sums = self._objective.take_sums()
+        # Every tp rank of a last stage computed the same sums: one of them speaks for its replica.
+        speaks = self.ranks.is_last_stage and self._is_first_tp_rank()
+        every = self.ranks.gather(sums if speaks else {})
+        slowest = self._slowest(seconds)
+        if not self.ranks.is_reporter:
+            return
+        horizon = float(self._horizon_tokens(self._step - 1))
+        record = {"step": float(self._step)} | means(add_sums(every)) | means(self._rollout_sums)
+        record |= {"horizon_tokens": horizon} | self._tap.take() | slowest
+        record["step_s"] = time.perf_counter() - self._began
+        record["tokens_per_s"] = self._rollout_sums["response_tokens"][0] / record["step_s"]
+        check_declared(record)
+        append(self.folder.metrics, record)
+
+    def _slowest(self, seconds: dict[str, float]) -> dict[str, float]:
+        every = self.ranks.gather(seconds)
+        return {name: max(one.get(name, 0.0) for one in every) for name in every[0]}
+
+    def _is_first_tp_rank(self) -> bool:
+        from megatron.core import mpu
+
+        return mpu.get_tensor_model_parallel_rank() == 0
+
+
+def run(config: RunConfig, folder: RunFolder, endpoints: Endpoints, vocabulary: Vocabulary) -> None:
+    """Train: hand a ``Session`` to the unmodified ``megatron.training.pretrain``, then export the student."""
+    import sys
+
+    cpu_backend.install()
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_distill.megatron.arguments import training_arguments
+
+    session = Session(config, folder, endpoints, vocabulary)
+    sys.argv[1:] = training_arguments(config, session.hf_config, folder)
+    arguments = parse_and_validate_args()
+    torch.manual_seed(config.seed)
+    pretrain(
+        pretrain_cfg_container_from_args(arguments),
+        session.datasets,
+        ModelType.encoder_or_decoder,
+        session.forward_step,
+        session.build_model,
+        non_loss_data_func=session.after_step,
+    )
+    session.finish()

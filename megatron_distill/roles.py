@@ -1,0 +1,128 @@
+"""The processes of a run: ``python -m megatron_distill.roles ROLE RUN_DIR ...``, started by the launcher only.
+
+    trainer                 one process a rank, under torchrun; needs --student-urls, and --teacher-urls if there are any
+    student-server INDEX    one SGLang replica of the student, on --port
+    teacher-server INDEX    one SGLang replica of the teacher, on --port
+
+A role that fails leaves its cause in the run folder's ``errors/``, so that the launcher can print the first one, and ends
+with a non-zero code. A role never outlives the launcher that started it (``--launcher-pid``).
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_distill import config as config_module
+from megatron_distill.config import RunConfig
+from megatron_distill.errors import DistillError, ServerError
+from megatron_distill.run_folder import RunFolder, write_json
+
+_POLL_S = 0.5
+_GRACE_S = 20.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one role to its end."""
+    parser = argparse.ArgumentParser(prog="megatron_distill.roles")
+    parser.add_argument("role", choices=["trainer", "student-server", "teacher-server"])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--index", type=int, default=0)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--student-urls", default="")
+    parser.add_argument("--teacher-urls", default="")
+    parser.add_argument("--launcher-pid", type=int, default=0)
+    options = parser.parse_args(argv)
+    folder = RunFolder(options.run_dir)
+    name = f"{options.role}-{os.environ.get('RANK', options.index)}"
+    with _failure_reported(folder, name):
+        if options.launcher_pid:
+            _end_with(options.launcher_pid)
+        config = config_module.load(folder.config)
+        if options.role == "trainer":
+            _train(config, folder, options.student_urls, options.teacher_urls)
+        else:
+            _serve(config, folder, options.role.removesuffix("-server"), options.index, options.host, options.port)
+
+
+@contextlib.contextmanager
+def _failure_reported(folder: RunFolder, name: str) -> Iterator[None]:
+    try:
+        yield
+    except DistillError as error:
+        folder.fail(name, str(error))
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # not sys.exit: other ranks may never reach a collective that a clean exit would wait for
+    except Exception as error:
+        folder.fail(name, f"{type(error).__name__}: {error}. See {folder.logs}.")
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _end_with(launcher_pid: int) -> None:
+    """End this process soon after the launcher has gone, politely at first."""
+
+    def watch() -> None:
+        while _exists(launcher_pid):
+            time.sleep(_POLL_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _train(config: RunConfig, folder: RunFolder, student_urls: str, teacher_urls: str) -> None:
+    from megatron_distill.collector import Endpoints
+    from megatron_distill.megatron.session import run
+    from megatron_distill.vocabulary import load_vocabulary
+
+    vocabulary = load_vocabulary(config.student.path, config.teacher.path, config.rollouts.stop_tokens)
+    urls = [tuple(url for url in text.split(",") if url) for text in (student_urls, teacher_urls)]
+    run(config, folder, Endpoints(student=urls[0], teacher=urls[1]), vocabulary)
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_json(folder.finished, {"time": time.time(), "step": config.num_steps})
+
+
+def _serve(config: RunConfig, folder: RunFolder, role: str, index: int, host: str, port: int) -> None:
+    from megatron_distill.collector import server_context_length
+    from megatron_distill.sglang.server import ServerSpec, SGLangServer
+
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    model = config.student if role == "student" else config.teacher
+    spec = ServerSpec(
+        model_dir=Path(model.path),
+        role=f"{role}-{index}",
+        host=host,
+        port=port,
+        dtype={"fp32": "float32", "bf16": "bfloat16"}[config.student.dtype],
+        context_length=server_context_length(config),
+    )
+    with SGLangServer(spec, folder.logs / f"{role}-{index}.log") as server:
+        folder.event(f"{role} server", "starting")
+        server.wait_ready(config.servers.startup_timeout_s)
+        folder.event(f"{role} server", "ready")
+        while not stopping.wait(_POLL_S):
+            if not server.is_alive():
+                raise ServerError(f"{server.name}: died. {server.log_tail()}")
+
+
+if __name__ == "__main__":
+    main()

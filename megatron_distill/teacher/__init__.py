@@ -1,0 +1,10 @@
+"""Teachers: who says how likely each next token is, and how that reaches the loss.
+
+``sglang_topk``: a server scores the finished response; its top-k log-probs travel with the batch (``SGLangTopKTeacher``).
+``in_process``: Megatron holds the teacher beside the student, with the same sharding; full-vocabulary logits are made in
+the forward step (``megatron_distill.megatron.in_process_teacher``).
+"""
+
+from megatron_distill.teacher.sglang_topk import SGLangTopKTeacher
+
+__all__ = ["SGLangTopKTeacher"]
