@@ -30,7 +30,7 @@ from typing import Literal
 Symbol = Literal["+", "-", "*", "/"]
 
 MIN_STEPS, MAX_STEPS = 2, 6
-MAX_VALUE = 99
+MAX_VALUE = 50
 NUM_HELD_OUT = 256
 HELD_OUT_SEED = 20260516
 TRAIN_SEED = 1
@@ -69,7 +69,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class ChainProblem:
-    """A start value and the operations to apply to it in order; every running value lies in 1..99."""
+    """A start value and the operations to apply to it in order; every running value lies in 1..50."""
 
     start: int
     operations: tuple[Operation, ...]
@@ -96,7 +96,7 @@ class ChainProblem:
 
 def sample_problem(rng: random.Random) -> ChainProblem:
     """Draws a problem: the number of steps is uniform in 2..6, then each step's kind, then its operand."""
-    start = value = rng.randint(2, 30)
+    start = value = rng.randint(2, 20)
     operations = []
     for _ in range(rng.randint(MIN_STEPS, MAX_STEPS)):
         operands: dict[Symbol, list[int]] = {

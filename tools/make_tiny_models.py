@@ -65,8 +65,8 @@ class Role:
     seed: int
 
 
-TEACHER = Role("teacher", 128, 256, 4, 4, False, IM_END, 0.0, 2600, 32, 2e-3, seed=11)
-STUDENT = Role("student", 64, 192, 2, 2, True, END_OF_TEXT, 0.2, 1500, 32, 4e-3, seed=12)
+TEACHER = Role("teacher", 128, 256, 4, 4, False, IM_END, 0.0, 2200, 16, 3e-3, seed=11)
+STUDENT = Role("student", 64, 192, 2, 2, True, END_OF_TEXT, 0.15, 2500, 16, 4e-3, seed=12)
 
 
 def train_tokenizer() -> Tokenizer:
@@ -167,7 +167,7 @@ def batches(examples: Iterator[Example], batch_size: int, seed: int) -> Iterator
 
 def pretrain(role: Role, model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
     """Trains with AdamW, 2% warm-up and a cosine decay to zero; prints a line every 100 steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=role.peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=role.peak_lr, betas=(0.9, 0.95), weight_decay=0.01)
     stream = batches(encode_examples(role, tokenizer, role.seed), role.batch_size, role.seed)
     model.train()
     started, warmup = time.monotonic(), max(1, role.num_steps // 50)
