@@ -179,7 +179,7 @@ class ReplicaPool:
                 self._release(replica)
             if time.monotonic() + pause_s > deadline:
                 raise GaveUp(
-                    f"{replica.url} = {problem}: still so after {self._deadline_s:.0f} s of retries. "
+                    f"{replica.url} = {problem}: still so after {self._deadline_s:g} s of retries. "
                     f"The server is overloaded, paused or stuck. See {replica.log_file or 'its log'}, or raise deadline_s."
                 )
             cancelled.wait(pause_s * random.uniform(0.5, 1.5))

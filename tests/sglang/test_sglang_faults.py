@@ -1,0 +1,189 @@
+"""What the client makes of faults: which it repeats, which it reports, and that no bad reply becomes a sample."""
+
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_sglang import FakeSGLang, Step, after, changed, fake, good, reset, status
+
+from megatron_distill.errors import ConfigError, ServerError
+from megatron_distill.sglang import transport
+from megatron_distill.sglang.client import SGLangClient
+from megatron_distill.types import Generation, SamplingParams
+
+SAMPLING = SamplingParams(max_new_tokens=3)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries follow each other quickly."""
+    monkeypatch.setattr(transport, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(transport, "_PROBE_EVERY_S", 0.05)
+
+
+def client_of(*servers: FakeSGLang, **limits: Any) -> SGLangClient:
+    defaults: dict[str, Any] = {"deadline_s": 5, "unreachable_s": 0.3, "timeout_s": 5}
+    return SGLangClient([server.url for server in servers], 320, 64, **(defaults | limits))
+
+
+def generate(client: SGLangClient, num: int = 1) -> list[Generation]:
+    return client.generate([[5, 6]] * num, sampling=SAMPLING, seeds=range(num))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        status(500),
+        status(503),
+        status(429),
+        reset,
+        changed(lambda reply: reply["meta_info"].update(finish_reason={"type": "abort", "message": "paused"})),
+        changed(
+            lambda reply: reply["meta_info"].update(
+                weight_versions=[{"version": "0", "start": 0, "end": 1}, {"version": "1", "start": 1, "end": 3}]
+            )
+        ),
+    ],
+    ids=["500", "503", "429", "reset", "abort", "mixed-weights"],
+)
+def test_passing_faults_are_retried(fault: Step) -> None:
+    """Server errors, overload, one reset, an abort and a response of two weight versions are asked for again, once."""
+    with fake(fault, good) as server, client_of(server) as client:
+        (generation,) = generate(client)
+        assert generation.response_ids == [7, 7, 7]
+        assert server.num_requests == 2
+        assert client.counters.total() == 1
+
+
+def test_timeout_is_retried() -> None:
+    """A reply that takes too long is given up and asked for again."""
+    with fake(after(1.0, good), good) as server, client_of(server, timeout_s=0.2) as client:
+        assert generate(client)[0].response_ids == [7, 7, 7]
+        assert server.num_requests == 2
+
+
+def test_refusal_is_never_retried() -> None:
+    """A 4xx is reported at once, with the server's own words."""
+    with (
+        fake(status(400, "logprob_start_len is too large")) as server,
+        client_of(server) as client,
+        pytest.raises(ServerError, match="HTTP 400: logprob_start_len is too large"),
+    ):
+        generate(client)
+    assert server.num_requests == 1
+
+
+def test_deadline_ends_the_retries() -> None:
+    """A server that goes on failing is reported when the deadline has passed, with its last words."""
+    with (
+        fake(status(503, "queue is full")) as server,
+        client_of(server, deadline_s=0.3) as client,
+        pytest.raises(ServerError, match=r"queue is full: still so after 0\.3 s of retries"),
+    ):
+        generate(client)
+
+
+def test_request_that_kills_servers_is_quarantined() -> None:
+    """After two resets a request is not sent again, to no replica and not in a later call; others still are."""
+    with fake(reset, reset, good) as a, fake(reset, reset, good) as b, client_of(a, b) as client:
+        for _ in range(2):
+            with pytest.raises(ServerError, match="connection reset 2 times"):
+                generate(client)
+        assert a.num_requests + b.num_requests == 2
+        (other,) = client.generate([[9]], sampling=SAMPLING, seeds=[0])  # reset twice more at most, then answered
+        assert other.response_ids == [7, 7, 7]
+
+
+def set_in_meta(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda reply: reply["meta_info"].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (set_in_meta(output_token_logprobs=[[None, 7, None]] * 3), "not finite"),
+        (set_in_meta(output_token_logprobs=[[-0.5, 7, None]] * 2), "differ"),
+        (set_in_meta(output_token_logprobs=[[-0.5, 8, None]] * 3), "differ"),
+        (set_in_meta(prompt_tokens=3), "3 input tokens echoed, 2 sent"),
+        (
+            lambda reply: (reply.update(output_ids=[7]), set_in_meta(output_token_logprobs=[[-1, 7, None]])(reply)),
+            "cut",
+        ),
+        (set_in_meta(finish_reason={"type": "stop", "matched": 9}), "does not end with the stop token"),
+        (set_in_meta(finish_reason={"type": "stop", "matched": "NaN happened"}), "NaN"),
+        (lambda reply: reply.pop("meta_info"), "malformed"),
+    ],
+    ids=["nan", "short", "other-ids", "echo", "cut-short", "stop-token", "nan-logits", "no-meta"],
+)
+def test_malformed_reply_is_not_a_sample(change: Callable[[dict[str, Any]], object], match: str) -> None:
+    """A reply whose numbers, ids, shapes or ending are wrong is an error that says what is wrong."""
+    with (
+        fake(changed(lambda reply: (change(reply), None)[1])) as server,
+        client_of(server) as client,
+        pytest.raises(ServerError, match=match),
+    ):
+        generate(client)
+    assert server.num_requests == 1
+
+
+def test_missing_score_is_none_and_counted() -> None:
+    """A score that cannot be got is None in its place and counted; it is neither zeros nor the end of the others."""
+    with fake(changed(lambda reply: None)) as server, client_of(server) as client:  # a sample is no score
+        assert client.score([([5], [6]), ([5], [7])], top_k=2) == [None, None]
+        assert client.counters["missing_scores"] == 2
+
+
+def test_dead_server_is_named_with_its_log(tmp_path: Path) -> None:
+    """If nothing listens, the error names the address, the log and the first error in the log."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    log = tmp_path / "teacher.log"
+    log.write_text(
+        "Traceback (most recent call last):\n  File x\nMemoryError: too large\nTraceback (...)\nOSError: later\n"
+    )
+    with (
+        SGLangClient([url], 320, 64, unreachable_s=0.2, log_files={url: log}) as client,
+        pytest.raises(ServerError, match=r"(?s)nothing listens at http://127.*teacher\.log.*MemoryError: too large$"),
+    ):
+        client.score([([5], [6])], top_k=2)
+
+
+def test_other_replica_takes_over() -> None:
+    """With one replica gone, all requests are answered by the other."""
+    with fake(good) as dead, fake(good) as alive, client_of(dead, alive) as client:
+        dead.shutdown()
+        dead.server_close()
+        assert len(generate(client, 16)) == 16
+        assert alive.num_requests == 16
+        assert client.counters["unreachable"] > 0
+
+
+def test_load_goes_to_the_less_loaded_replica() -> None:
+    """A replica ten times slower gets fewer requests."""
+    with fake(after(0.1, good)) as slow, fake(after(0.01, good)) as fast:
+        with client_of(slow, fast, num_connections=2) as client:
+            generate(client, 40)
+        assert slow.num_requests + fast.num_requests == 40
+        assert slow.num_requests < 15
+
+
+def test_first_failure_ends_the_call() -> None:
+    """When one request fails for good, the rest is cancelled and the error is raised without waiting for all."""
+    started = time.monotonic()
+    with fake(status(400), after(0.2, good)) as server, client_of(server, num_connections=1) as client:
+        with pytest.raises(ServerError, match="HTTP 400"):
+            generate(client, 50)
+        assert time.monotonic() - started < 2
+        assert server.num_requests < 10
+
+
+def test_limits_of_the_client_are_checked() -> None:
+    """A client without servers or with an impossible context is refused when it is made."""
+    with pytest.raises(ConfigError, match="0 urls"):
+        SGLangClient([], 320, 64)
+    with pytest.raises(ConfigError, match="context_length 7"):
+        SGLangClient(["http://127.0.0.1:1"], 320, 7)
