@@ -8,8 +8,10 @@ Eager, they are run on chunks of tokens, since each operation writes its result 
 Inductor: C++ on the CPU, Triton on a GPU), a chunk's intermediates stay in registers and the whole batch is one chunk.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +35,25 @@ def default_chunk_tokens(num_columns: int, device: torch.device) -> int:
 
 @cache
 def compiled_kernel(kernel: Callable) -> Callable:
-    """`kernel` through Inductor, compiled at its first call (seconds) and again for new widths and dtypes."""
-    return torch.compile(kernel, dynamic=True)
+    """`kernel` through Inductor: compiled at its first call (seconds), and again for another width or dtype.
+
+    The number of tokens is left open, the number of columns is not: loops over columns of a known length vectorise best.
+    """
+    inner = torch.compile(kernel)
+
+    def call(*arguments: Any) -> Any:
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.dim():
+                for dim in range(argument.dim()):
+                    mark = (
+                        torch._dynamo.mark_static
+                        if dim or argument.dtype == torch.bool
+                        else torch._dynamo.maybe_mark_dynamic
+                    )
+                    mark(argument, dim)
+        return inner(*arguments)
+
+    return call
 
 
 def finite_or_zero(maximum: Tensor) -> Tensor:
@@ -143,13 +162,10 @@ def kl_gradient_(
         upstream_T: `[T]`, the gradient that reached the token's loss.
         inverse_temperature: 1 / temperature.
     """
-    dtype = compute_dtype(z_TV)
-    max_z, log_z, max_t, log_t, reverse_kl = normalisers_T5.unsqueeze(2).unbind(dim=1)
+    log_q, log_p = log_probs(z_TV, t_TV, normalisers_T5, inverse_temperature)
     weight, scale = weight_T.unsqueeze(1), (upstream_T * inverse_temperature).unsqueeze(1)
-    log_q = z_TV.to(dtype) * inverse_temperature - max_z - log_z
-    log_p = t_TV.to(dtype) * inverse_temperature - max_t - log_t
     q, p = log_q.exp(), log_p.exp()
-    reverse = weighted(weight * q, log_q - log_p - reverse_kl)
+    reverse = weighted(weight * q, log_q - log_p - normalisers_T5[:, 4:])
     out_TV.copy_(scale * (reverse + (1 - weight) * (q - p)))
 
 
@@ -199,3 +215,72 @@ def softmax_gradient_(
     spread = weighted(q, log_q + entropy_T.unsqueeze(1))
     grad = upstream_T.unsqueeze(1) * q - weighted(entropy_upstream_T.unsqueeze(1), spread)
     out_TV.copy_(inverse_temperature * grad)
+
+
+class Mixture(NamedTuple):
+    """`p_weight KL(p || m) + q_weight KL(q || m)` with the mixture `m = p_share p + (1 - p_share) q`.
+
+    Every divergence of the skew and Jensen-Shannon family is one choice of the three numbers; `mixture` names them.
+    """
+
+    p_weight: float
+    q_weight: float
+    p_share: float
+
+
+def mixture_terms(log_q: Tensor, log_p: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
+    """Each column's term of the divergence, and its derivative with respect to the column's q.
+
+    term = p_weight p log(p / m) + q_weight q log(q / m)
+    d/dq = q_weight (log(q / m) + 1) - (1 - p_share) (p_weight p + q_weight q) / m
+    """
+    p_weight, q_weight, p_share = mixture
+    log_m = torch.logaddexp(log_p + math.log(p_share), log_q + math.log1p(-p_share))
+    p_gap, q_gap = log_p - log_m, log_q - log_m
+    term = p_weight * weighted(log_p.exp(), p_gap) + q_weight * weighted(log_q.exp(), q_gap)
+    slope = q_weight * (q_gap + 1) - (1 - p_share) * (p_weight * p_gap.exp() + q_weight * q_gap.exp())
+    return term, slope
+
+
+def log_probs(z_TV: Tensor, t_TV: Tensor, normalisers_T5: Tensor, inverse_temperature: float) -> tuple[Tensor, Tensor]:
+    """log q and log p of the columns, from the logits and the normalisers of `kl_gradient_`."""
+    dtype = compute_dtype(z_TV)
+    max_z, log_z, max_t, log_t, _ = normalisers_T5.unsqueeze(2).unbind(dim=1)
+    return (
+        z_TV.to(dtype) * inverse_temperature - max_z - log_z,
+        t_TV.to(dtype) * inverse_temperature - max_t - log_t,
+    )
+
+
+def mixture_statistics(
+    z_TV: Tensor,
+    t_TV: Tensor,
+    excluded_V: Tensor | None,
+    normalisers_T5: Tensor,
+    mixture: Mixture,
+    inverse_temperature: float,
+) -> Tensor:
+    """The divergence over the columns of one shard, and sum q d/dq, which centres its gradient: `[T, 2]`, to be added up."""
+    log_q, log_p = log_probs(z_TV, t_TV, normalisers_T5, inverse_temperature)
+    if excluded_V is not None:
+        log_q, log_p = log_q.masked_fill(excluded_V, -torch.inf), log_p.masked_fill(excluded_V, -torch.inf)
+    term, slope = mixture_terms(log_q, log_p, mixture)
+    # Where both are ruled out the mixture is too, and the term is 0 * (-inf - -inf): `weighted` has made it 0.
+    return torch.stack([term.sum(dim=1), weighted(log_q.exp(), slope).sum(dim=1)], dim=1)
+
+
+def mixture_gradient_(
+    out_TV: Tensor,
+    z_TV: Tensor,
+    t_TV: Tensor,
+    normalisers_T5: Tensor,
+    mean_slope_T: Tensor,
+    upstream_T: Tensor,
+    mixture: Mixture,
+    inverse_temperature: float,
+) -> None:
+    """Write `upstream / temperature * q (d/dq - sum q d/dq)` into `out_TV`, which may be `z_TV` itself."""
+    log_q, log_p = log_probs(z_TV, t_TV, normalisers_T5, inverse_temperature)
+    _, slope = mixture_terms(log_q, log_p, mixture)
+    grad = weighted(log_q.exp(), slope - mean_slope_T.unsqueeze(1))
+    out_TV.copy_((upstream_T * inverse_temperature).unsqueeze(1) * grad)

@@ -149,3 +149,112 @@ class _Logprobs(torch.autograd.Function):
         own_T1 = (plan.inverse_temperature * own_T).unsqueeze(1).to(grad_TV.dtype)
         grad_TV.scatter_(1, columns_T1, torch.where(mine_T1, own_T1, grad_TV.gather(1, columns_T1)))
         return grad_TV, None, None, None
+
+
+Estimator = Literal["k1", "k2", "k3"]
+Direction = Literal["forward", "reverse"]
+Source = Literal["student", "teacher"]
+
+_REFUSED: dict[tuple[Direction, Source, Estimator], str] = {
+    ("reverse", "student", "k3"): "its gradient is that of the forward KL. Use 'k1' or 'k2', or direction='forward'",
+    ("forward", "student", "k1"): "its gradient is that of the reverse KL. Use 'k3', or direction='reverse'",
+    ("forward", "student", "k2"): "its gradient is that of the reverse KL. Use 'k3', or direction='reverse'",
+    ("forward", "teacher", "k2"): "its gradient under the teacher's samples is that of neither KL. Use 'k1' or 'k3'",
+}
+_NO_REVERSE_FROM_TEACHER = (
+    "a log-ratio at tokens that the teacher wrote is no estimate of the reverse KL's gradient, which is an average over "
+    "the student's own choices. Use distill_kl or distill_kl_topk at the teacher's prefixes, or sample a token from the "
+    "student there"
+)
+
+
+class SampledTerms(NamedTuple):
+    """Per-token results.
+
+    Args:
+        loss: back-propagates to an unbiased gradient of the divergence asked for. Its *value* need not mean anything.
+        kl: an unbiased, non-negative estimate of that KL's value where the samples allow one (k3), nats, detached: of
+            the reverse KL from student's tokens, of the forward KL from teacher's.
+    """
+
+    loss: Tensor
+    kl: Tensor
+
+
+def sampled_kl(
+    student_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    direction: Direction,
+    sampled_from: Source,
+    estimator: Estimator,
+) -> SampledTerms:
+    """A KL from one sampled token per position, where its gradient is what its name says.
+
+    With l = log q - log p at the token (q student, p teacher; k1, k2 and k3 after Schulman, "Approximating KL
+    Divergence", 2020):
+
+    | direction, tokens by | k1 | k2 | k3 |
+    |---|---|---|---|
+    | reverse, student | stop_gradient(l) log q, REINFORCE | l**2 / 2 | refused |
+    | forward, student | refused | refused | e**-l + l - 1 |
+    | forward, teacher | -l, cross-entropy on samples | refused | e**l - l - 1 |
+    | reverse, teacher | refused | refused | refused |
+
+    k1 of the student's tokens back-propagated as it stands has expected gradient 0, so there it serves as the reward of
+    a policy gradient. The gradients of that form and of k2 are the same, token by token. The k3 forms weigh a token by
+    a probability ratio, hence have heavy tails when the models are far apart.
+
+    Args:
+        student_logprobs: `[...]`, of the written tokens, nats; with gradient.
+        teacher_logprobs: `[...]`, the same under the teacher.
+        direction: which KL to descend on.
+        sampled_from: who wrote the tokens.
+        estimator: which estimator.
+
+    Returns:
+        SampledTerms.
+
+    Raises:
+        LossError: the combination descends on something else.
+    """
+    reason = _NO_REVERSE_FROM_TEACHER if (direction, sampled_from) == ("reverse", "teacher") else None
+    reason = reason or _REFUSED.get((direction, sampled_from, estimator))
+    if reason is not None:
+        raise LossError(
+            f"sampled_kl(direction={direction!r}, sampled_from={sampled_from!r}, estimator={estimator!r}): refused: {reason}."
+        )
+    gap = student_logprobs - teacher_logprobs.detach()
+    other = gap if sampled_from == "teacher" else -gap
+    k3 = torch.expm1(other) - other
+    if estimator == "k3":
+        loss = k3
+    elif estimator == "k2":
+        loss = gap.square() / 2
+    else:
+        loss = -gap if direction == "forward" else gap.detach() * student_logprobs
+    return SampledTerms(loss, k3.detach())
+
+
+def log_ratio_reward(student_logprobs: Tensor, teacher_logprobs: Tensor, *, clip_nats: float | None = None) -> Tensor:
+    """`log p - log q` of every token that the student wrote, detached: the reward whose policy gradient is the reverse KL's.
+
+    For use as (part of) an advantage in `policy_gradient_loss`. Unclipped it is unbiased but unbounded: single tokens
+    reach -50 and drown a batch. Clipping bounds that and biases the gradient at the clipped tokens only.
+
+    Args:
+        student_logprobs, teacher_logprobs: `[...]`, nats.
+        clip_nats: largest magnitude, or None.
+
+    Returns:
+        `[...]`, nats, without gradient.
+
+    Raises:
+        LossError: a clip that is not positive.
+    """
+    if clip_nats is not None and not clip_nats > 0:
+        raise LossError(
+            f"clip_nats = {clip_nats}: must be positive. It bounds the reward's magnitude. Use None for no bound."
+        )
+    reward = (teacher_logprobs - student_logprobs).detach()
+    return reward if clip_nats is None else reward.clamp(-clip_nats, clip_nats)

@@ -4,7 +4,6 @@ import dense
 import pytest
 import torch
 
-from megatron_distill.errors import LossError
 from megatron_distill.losses import distill_kl
 
 VOCAB = 37

@@ -4,7 +4,6 @@ import dense
 import pytest
 import torch
 
-from megatron_distill.errors import LossError
 from megatron_distill.losses import vocab_parallel_logprobs
 
 VOCAB, TOKENS = 37, 10
