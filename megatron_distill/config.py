@@ -10,16 +10,17 @@ in neither torch, Megatron, SGLang nor NeMo-Run.
 
 import dataclasses
 import difflib
+import itertools
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_distill.errors import ConfigError
-from megatron_distill.schedules import Schedule, constant
+from megatron_distill.schedules import Schedule, constant, piecewise
 
 
 def _field(default: Any, help_text: str) -> Any:
@@ -55,6 +56,9 @@ class TeacherConfig:
         "bucket", "what becomes of the mass outside the top-k; bucket is the only unbiased-in-sign choice"
     )
     max_missing_frac: float = _field(0.1, "share of a step's rollouts that may lack teacher scores; more is an error")
+    cache_dir: str = _field(
+        "", "directory in which the server's scores and responses are kept, for later epochs and runs; empty keeps none"
+    )
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,56 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class CurriculumConfig:
-    """The cap on response length over training."""
+    """The cap on response length over training. What each kind does, and why, is told in ``curriculum.py``."""
 
-    horizon_tokens: Schedule = _field(constant(128), "cap on a response's length, as a schedule over steps")
+    kind: Literal["schedule", "ladder", "progressive", "entropy_gated"] = _field(
+        "schedule",
+        "schedule: horizon_tokens as given; ladder: one rung every stage_steps; progressive: growth_tokens more every "
+        "stage_steps; entropy_gated: one rung every stage_steps if the held-out entropy allows it",
+    )
+    horizon_tokens: Schedule = _field(constant(128), "schedule: cap on a response's length, as a schedule over steps")
+    ladder_tokens: tuple[int, ...] = _field(
+        (128, 256, 512, 1024, 2048, 4096), "ladder, entropy_gated: the horizons, in rising order"
+    )
+    start_tokens: int = _field(128, "progressive: horizon of the first stage")
+    growth_tokens: int = _field(128, "progressive: how much longer each stage's horizon is than the one before")
+    end_tokens: int = _field(4096, "progressive: where the horizon stops growing")
+    stage_steps: int = _field(100, "all but schedule: optimizer steps of one stage; a gate is tested at its end")
+    min_entropy_nats: float = _field(
+        0.1,
+        "entropy_gated: held-out entropy that the next rung requires. Under reverse KL it collapses to about 0.05 and a "
+        "healthy mix holds about 0.28",
+    )
+    min_entropy_frac: float = _field(
+        0.5,
+        "entropy_gated: share of the highest entropy at any stage's end so far that the next rung requires; 0 is off",
+    )
+    max_truncated_frac: float = _field(
+        0.5,
+        "entropy_gated: share of held-out responses cut at evaluation.max_response_tokens above which no rung is "
+        "climbed; 1 is off",
+    )
+    max_repetition_frac: float = _field(
+        0.1, "entropy_gated: share of held-out responses that end in a loop above which no rung is climbed; 1 is off"
+    )
+    on_failure: Literal["freeze", "freeze_here", "retry"] = _field(
+        "freeze",
+        "entropy_gated, when a gate fails: freeze: keep the last stable horizon (the longest whose stage passed, or the "
+        "first) for the rest of the run; freeze_here: keep the present horizon for the rest of the run; retry: train "
+        "another stage at the present horizon and test again",
+    )
+
+    def fastest_schedule(self, num_steps: int) -> Schedule:
+        """The horizon at each of ``num_steps`` steps; for ``entropy_gated`` if every gate passes, which none exceeds."""
+        if self.kind == "schedule":
+            return self.horizon_tokens
+        num_stages = -(-num_steps // self.stage_steps)
+        if self.kind == "progressive":
+            grown = range(self.start_tokens, self.end_tokens, self.growth_tokens)
+            rungs: tuple[int, ...] = (*grown[:num_stages], self.end_tokens)
+        else:
+            rungs = self.ladder_tokens
+        return piecewise({stage * self.stage_steps: rung for stage, rung in enumerate(rungs[:num_stages])})
 
 
 @dataclass(frozen=True)
@@ -135,6 +186,8 @@ class ServersConfig:
 
     student_replicas: int = _field(1, "student servers; rollouts go to the least loaded")
     teacher_replicas: int = _field(1, "teacher servers")
+    student_tp: int = _field(1, "tensor-parallel size of each student server")
+    teacher_tp: int = _field(1, "tensor-parallel size of each teacher server")
     startup_timeout_s: float = _field(600.0, "longest wait for a server's health")
     request_timeout_s: float = _field(600.0, "longest wait for one reply")
     requests_per_replica: int = _field(64, "requests in flight to one replica")
@@ -172,7 +225,7 @@ class RunConfig:
     @property
     def max_horizon_tokens(self) -> int:
         """The longest response that training can ask for."""
-        return int(max(self.curriculum.horizon_tokens.values))
+        return int(max(self.curriculum.fastest_schedule(self.num_steps).values))
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -213,7 +266,7 @@ def problems_of(config: RunConfig) -> list[str]:
         if isinstance(value, int | float) and not isinstance(value, bool):
             if name.endswith("_frac"):
                 rule(0 <= value <= 1, where, "a share must lie in [0, 1].")
-            elif name in ("tp", "pp", "dp", "num_steps") or name.endswith(
+            elif name in ("tp", "pp", "dp", "student_tp", "teacher_tp", "num_steps") or name.endswith(
                 ("_replicas", "_per_step", "_per_prompt", "_per_replica")
             ):
                 rule(value >= 1, where, "must be at least 1.")
@@ -231,7 +284,7 @@ def problems_of(config: RunConfig) -> list[str]:
         "distill.reverse_kl_weight",
         "must lie in [0, 1]: it weighs reverse KL, and forward KL gets the rest.",
     )
-    rule(all(v >= 1 for v in config.curriculum.horizon_tokens.values), "curriculum.horizon_tokens", "must be positive.")
+    _curriculum_rules(config, rule)
     rule(config.optimizer.lr > 0, "optimizer.lr", "must be positive.")
     for where in ("rollouts.temperature", "distill.temperature"):
         section, name = where.split(".")
@@ -266,6 +319,34 @@ def problems_of(config: RunConfig) -> list[str]:
         f"must be a multiple of student.dp = {config.student.dp}, so that a prompt's rollouts stay together.",
     )
     return problems
+
+
+def _curriculum_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> None:
+    """The rules of the curriculum; the fields of the kinds that are not chosen are held to them as well."""
+    curriculum = config.curriculum
+    rule(all(v >= 1 for v in curriculum.horizon_tokens.values), "curriculum.horizon_tokens", "must be positive.")
+    rungs = curriculum.ladder_tokens
+    rule(
+        bool(rungs) and rungs[0] >= 1 and all(a < b for a, b in itertools.pairwise(rungs)),
+        "curriculum.ladder_tokens",
+        "must hold at least one horizon, positive and rising, e.g. [128, 256, 512].",
+    )
+    rule(curriculum.stage_steps >= 1, "curriculum.stage_steps", "must be at least 1.")
+    rule(
+        curriculum.start_tokens <= curriculum.end_tokens,
+        "curriculum.start_tokens",
+        f"must not exceed curriculum.end_tokens = {curriculum.end_tokens}: the horizon grows from one to the other.",
+    )
+    rule(curriculum.min_entropy_nats >= 0, "curriculum.min_entropy_nats", "must not be negative (0 is off).")
+    if curriculum.kind == "entropy_gated" and rungs and min(curriculum.stage_steps, config.num_steps) >= 1:
+        longest = config.max_horizon_tokens
+        rule(
+            curriculum.max_truncated_frac == 1 or config.evaluation.max_response_tokens >= longest,
+            "evaluation.max_response_tokens",
+            f"must be at least the longest horizon of training, {longest} tokens. A shorter cap truncates healthy responses, "
+            "and curriculum.max_truncated_frac would hold the curriculum back for it. Raise it, or set "
+            "curriculum.max_truncated_frac=1.",
+        )
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
