@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 from megatron_distill.errors import ConfigError, DataError
 from megatron_distill.sglang import wire
@@ -27,11 +27,8 @@ from megatron_distill.sglang.control import ReplicaControl
 from megatron_distill.sglang.transport import GaveUp, ReplicaPool
 from megatron_distill.types import Generation, SamplingParams, TeacherScores
 
-A = TypeVar("A")
-B = TypeVar("B")
-T = TypeVar("T")
 Ids = Sequence[int]
-Progress = Callable[[int, int], None]
+RequestProgress = Callable[[int, int], None]
 """Receives the number of requests done and their total, after each."""
 
 
@@ -94,7 +91,7 @@ class SGLangClient(ReplicaControl):
         sampling: SamplingParams,
         seeds: Sequence[int],
         weight_version: str | None = None,
-        progress: Progress | None = None,
+        progress: RequestProgress | None = None,
     ) -> list[Generation]:
         """Sample one response to each prompt. For several to one prompt, repeat it with other seeds.
 
@@ -144,7 +141,7 @@ class SGLangClient(ReplicaControl):
         *,
         top_k: int,
         stop_token_ids: Sequence[int] = (),
-        progress: Progress | None = None,
+        progress: RequestProgress | None = None,
     ) -> list[TeacherScores | None]:
         """The served model's log-probs along given responses, with its top k and the stop tokens at each position.
 
@@ -184,7 +181,8 @@ class SGLangClient(ReplicaControl):
                     cancelled,
                 )
             except GaveUp:
-                self._pool.count("missing_scores")
+                if not cancelled.is_set():
+                    self._pool.count("missing_scores")
                 return None
 
         return self._concurrently(one, pairs, progress)
@@ -218,8 +216,11 @@ class SGLangClient(ReplicaControl):
         if sampling.stop_token_ids:
             wire.check_token_ids("generate.sampling.stop_token_ids", sampling.stop_token_ids, self.vocab_size)
 
-    def _concurrently(
-        self, one: Callable[[A, B, threading.Event], T], arguments: Sequence[tuple[A, B]], progress: Progress | None
+    def _concurrently[A, B, T](
+        self,
+        one: Callable[[A, B, threading.Event], T],
+        arguments: Sequence[tuple[A, B]],
+        progress: RequestProgress | None,
     ) -> list[T]:
         """``one`` for all arguments on the thread pool, in order. The first failure, or Ctrl-C, cancels the rest."""
         cancelled = threading.Event()

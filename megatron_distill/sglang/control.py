@@ -14,16 +14,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from megatron_distill.errors import ServerError
 from megatron_distill.sglang.model_dir import require_same_tensors, tensor_names
 from megatron_distill.sglang.transport import Replica, ReplicaPool
 from megatron_distill.sglang.wire import Json
-
-T = TypeVar("T")
 
 
 class ReplicaControl:
@@ -78,7 +76,7 @@ class ReplicaControl:
             CheckpointError: the directory is incomplete, or holds another model's tensors. Nothing was sent.
             ServerError: a replica did not load them. Its weights are then unknown: send them again before using it.
         """
-        model_dir = Path(path)
+        model_dir = Path(path).absolute()
         if self._served_tensors is None:  # of the weights it started with: later directories may be gone by now
             served_dir = Path(self._info(self._pool.replicas[0])["model_path"])
             self._served_tensors = tensor_names(served_dir if served_dir.is_dir() else model_dir)
@@ -110,7 +108,7 @@ class ReplicaControl:
         group_name: str,
         backend: Literal["nccl", "gloo"],
         ranks_per_replica: int = 1,
-    ) -> Future[None]:
+    ) -> Future[list[None]]:
         """Let the servers join a process group in which the trainer, rank 0, will broadcast weights.
 
         World size is ``1 + len(urls) * ranks_per_replica``; replica i holds the ranks after those of replica i - 1.
@@ -134,7 +132,7 @@ class ReplicaControl:
                 },
             )
 
-        return self._in_background(lambda: self._on_each(join))
+        return _in_background(self._on_each, join)
 
     def begin_weight_update(self) -> None:
         """Open the session in which ``update_weights_from_distributed`` may be called. ``pause`` first: SGLang would
@@ -175,7 +173,7 @@ class ReplicaControl:
             "flush_cache": True,
             "weight_version": version,
         }
-        return self._in_background(lambda: self._post_all("/update_weights_from_distributed", bucket))
+        return _in_background(self._post_all, "/update_weights_from_distributed", bucket)
 
     def end_weight_update(self) -> None:
         """Close the session. Then ``require_weight_version`` and ``continue_generation``."""
@@ -199,23 +197,22 @@ class ReplicaControl:
     def _post_all(self, path: str, body: Json | None) -> None:
         self._on_each(lambda replica: self._post(replica, path, body))
 
-    def _on_each(self, act: Callable[[Replica], T]) -> list[T]:
+    def _on_each[T](self, act: Callable[[Replica], T]) -> list[T]:
         """Act on all replicas at once; the first failure, in their order, is raised after all have ended."""
-        with ThreadPoolExecutor(len(self._pool.replicas)) as threads:
-            return [future.result() for future in [threads.submit(act, replica) for replica in self._pool.replicas]]
+        futures = [_in_background(act, replica) for replica in self._pool.replicas]
+        wait(futures)
+        return [future.result() for future in futures]
 
-    @staticmethod
-    def _in_background(act: Callable[[], object]) -> Future[None]:
-        """Run in a daemon thread: a collective that nobody joins must not keep the program from ending."""
-        done: Future[None] = Future()
 
-        def run() -> None:
-            try:
-                act()
-            except BaseException as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
+def _in_background[T](act: Callable[..., T], *arguments: object) -> Future[T]:
+    """Run in a daemon thread (an executor's are not): a collective that nobody joins must not keep the program alive."""
+    done: Future[T] = Future()
 
-        threading.Thread(target=run, name="sglang-weights", daemon=True).start()
-        return done
+    def run() -> None:
+        try:
+            done.set_result(act(*arguments))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="sglang-control", daemon=True).start()
+    return done

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -31,10 +30,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Literal, Self
 
-import requests
+import urllib3
 
 from megatron_distill.errors import ConfigError, ServerError
 from megatron_distill.sglang.cpu_plugin import CPU_SERVER_ENV
+from megatron_distill.sglang.server_log import START_MARK, log_tail
 
 Progress = Callable[[str], None]
 """Receives one line of text about a slow phase."""
@@ -42,9 +42,6 @@ Progress = Callable[[str], None]
 _POLL_S = 0.25
 _HEALTH_TIMEOUT_S = 25.0  # SGLang's own limit on a health check is 20 s
 _PROGRESS_EVERY_S = 5.0
-_TAIL_LINES = 30
-_TAIL_BYTES = 4 * 1024**2  # of a log that may be large
-_LOG_MARK = "=== start of a server: "
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,8 @@ class SGLangServer:
             log_file: receives the server's output; appended to.
         """
         device = _detect_device() if spec.device == "auto" else spec.device
-        self.spec = replace(spec, device=device, port=spec.port or _free_port(spec.host))
+        model_dir = Path(spec.model_dir).absolute()  # a relative one, if missing, would be looked up on a model hub
+        self.spec = replace(spec, model_dir=model_dir, device=device, port=spec.port or _free_port(spec.host))
         self.log_file = Path(log_file)
         self._process: subprocess.Popen[bytes] | None = None
         self._log: BinaryIO | None = None
@@ -181,7 +179,7 @@ class SGLangServer:
         module, arguments = to_run.argv[2], to_run.argv[3:]
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         self._log = self.log_file.open("ab")
-        self._log.write(f"{_LOG_MARK}{' '.join(to_run.argv)}\n".encode())
+        self._log.write(f"{START_MARK}{' '.join(to_run.argv)}\n".encode())
         self._log.flush()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "megatron_distill.sglang.leash", module, *arguments],
@@ -223,6 +221,11 @@ class SGLangServer:
         if progress:
             progress(f"{self.name}: ready")
 
+    def ask_to_end(self) -> None:
+        """Send SIGTERM and return at once; ``stop`` must follow."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
     def stop(self, drain_s: float = 15.0) -> None:
         """End the server and every process it started. Does nothing if it was not started.
 
@@ -231,10 +234,9 @@ class SGLangServer:
         """
         if self._process is None or self._log is None:
             return
-        if self._process.poll() is None:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=drain_s)
+        self.ask_to_end()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=drain_s)
         self._kill_group()
         self._process, self._log = None, None
 
@@ -269,10 +271,12 @@ class SGLangServer:
 
 def answers(url: str) -> bool:
     """Whether the server at ``url`` is up and can generate: SGLang's /health draws one token."""
-    try:
-        return requests.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S).status_code == 200
-    except requests.RequestException:
+    try:  # urllib3: unlike requests, it never sends a loopback call to a configured proxy
+        with urllib3.PoolManager() as http:
+            status: int = http.request("GET", f"{url}/health", timeout=_HEALTH_TIMEOUT_S, retries=False).status
+    except urllib3.exceptions.HTTPError:
         return False
+    return status == 200
 
 
 @contextlib.contextmanager
@@ -284,46 +288,17 @@ def running(
     Raises:
         ServerError: one of them did not start.
     """
-    try:
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+        for server in servers:
+            stack.callback(server.ask_to_end)  # called first, so that all end at the same time
         for server in servers:
             server.start()
         deadline = time.monotonic() + timeout_s
         for server in servers:
             server.wait_ready(max(1.0, deadline - time.monotonic()), progress)
         yield servers
-    finally:
-        for server in servers:
-            server.stop()
-
-
-def log_tail(log_file: Path) -> str:
-    """The last lines of a server's log, then its first cause: a crash cascades, and the first error is the one to mend.
-
-    Args:
-        log_file: may be missing, and may hold earlier starts, which are skipped.
-    """
-    try:
-        with log_file.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            text = log.read().decode(errors="replace").rpartition(_LOG_MARK)[2]
-    except OSError as error:
-        return f"(no log: {error})"
-    cause = first_cause(text)
-    lines = ["--- end of the log ---", *text.splitlines()[-_TAIL_LINES:]]
-    return "\n".join(lines + ([f"--- first cause ---\n{cause}"] if cause else []))
-
-
-def first_cause(log_text: str) -> str | None:
-    """The first error in a log: an "ERROR:" line, or the last line of a traceback. None if there is neither."""
-    in_traceback = False
-    for line in log_text.splitlines():
-        if re.search(r"\b(ERROR|error):", line):
-            return line
-        if "Traceback (most recent call last)" in line:
-            in_traceback = True
-        elif in_traceback and re.match(r"[A-Za-z_][\w.]*(:|$)", line):
-            return line
-    return None
 
 
 def _detect_device() -> Literal["cpu", "cuda"]:

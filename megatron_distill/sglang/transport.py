@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import urllib3
 from urllib3.exceptions import (
@@ -32,15 +31,14 @@ from urllib3.exceptions import (
 )
 
 from megatron_distill.errors import ServerError
-from megatron_distill.sglang.server import log_tail
+from megatron_distill.sglang.server_log import log_tail
 from megatron_distill.sglang.wire import Json, MalformedReply, NotAnAnswer
-
-T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _PROBE_EVERY_S = 1.0  # how often a replica that refused a connection is tried again
 _MAX_RESETS = 2
+_NUM_CONTROL_CONNECTIONS = 2
 
 
 class GaveUp(ServerError):
@@ -69,7 +67,8 @@ class Replica:
         self.down_since: float | None = None
         self.next_probe = 0.0
         # urllib3 rather than requests: thread-safe by design, and it never sends a loopback call to a configured proxy.
-        self._http = urllib3.connection_from_url(self.url, maxsize=num_connections, block=True, retries=False)
+        # Not limited here: how many requests are under way is, and a pause must get through when all of them wait.
+        self._http = urllib3.connection_from_url(self.url, maxsize=num_connections, retries=False)
 
     def call(self, method: str, path: str, body: bytes | None, read_timeout_s: float) -> bytes:
         """One HTTP exchange, without retries.
@@ -127,7 +126,8 @@ class ReplicaPool:
         log_files: Mapping[str, Path],
     ) -> None:
         """See ``SGLangClient`` for the arguments."""
-        self.replicas = [Replica(url, num_connections, log_files.get(url)) for url in urls]
+        num_at_most = num_connections * len(urls) + _NUM_CONTROL_CONNECTIONS  # on one replica, if the others are down
+        self.replicas = [Replica(url, num_at_most, log_files.get(url)) for url in urls]
         self.counters: Counter[str] = Counter()
         self._timeout_s = timeout_s
         self._deadline_s = deadline_s
@@ -135,7 +135,7 @@ class ReplicaPool:
         self._lock = threading.Lock()
         self._num_resets: Counter[bytes] = Counter()
 
-    def request(self, request: Json, read: Callable[[Json], T], cancelled: threading.Event) -> T:
+    def request[T](self, request: Json, read: Callable[[Json], T], cancelled: threading.Event) -> T:
         """Send to the least-loaded replica, retry what is safe, and return ``read(reply)``.
 
         Args:
@@ -219,6 +219,8 @@ class ReplicaPool:
                 if candidates:
                     replica = min(candidates, key=lambda candidate: candidate.num_in_flight)
                     replica.num_in_flight += 1
+                    if replica.down_since is not None:
+                        replica.next_probe = now + _PROBE_EVERY_S  # one request at a time finds out whether it is back
                     return replica
                 all_down_s = now - max(replica.down_since or now for replica in self.replicas)
             if all_down_s > self._unreachable_s:

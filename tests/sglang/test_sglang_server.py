@@ -13,15 +13,8 @@ import pytest
 
 from megatron_distill.errors import ConfigError, ServerError
 from megatron_distill.sglang import server as server_module
-from megatron_distill.sglang.server import (
-    ServerCommand,
-    ServerSpec,
-    SGLangServer,
-    command,
-    first_cause,
-    log_tail,
-    running,
-)
+from megatron_distill.sglang.server import ServerCommand, ServerSpec, SGLangServer, command, running
+from megatron_distill.sglang.server_log import START_MARK, first_cause, log_tail
 
 SPEC = ServerSpec(Path("/models/student"), role="student", device="cpu", port=21000)
 TIMEOUT_S = 60
@@ -222,7 +215,7 @@ def test_first_cause(log: str, cause: str | None) -> None:
 def test_log_tail_is_of_the_last_start(tmp_path: Path) -> None:
     """Errors of earlier starts in the same log are not blamed."""
     log = tmp_path / "log"
-    log.write_text(f"ERROR: old\n{server_module._LOG_MARK}python\nERROR: new\n")
+    log.write_text(f"ERROR: old\n{START_MARK}python\nERROR: new\n")
     assert log_tail(log).endswith("ERROR: new")
     assert "old" not in log_tail(log)
     assert "no log" in log_tail(tmp_path / "missing")
