@@ -75,6 +75,11 @@ class Rule:
     expert: int | None = None
     layer: int | None = None
 
+    def megatron_shape(self, config: HfConfig) -> tuple[int, ...]:
+        """Shape of the global Megatron tensor: parts are stacked along dimension 0; no vocabulary padding."""
+        shapes = [tensor.shape(config) for tensor in self.hf]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
     def at(self, layer: int, expert: int | None = None) -> "Rule":
         """This rule with its numbers filled in."""
         numbers = {"layer": layer, "expert": expert}

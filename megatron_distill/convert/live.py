@@ -36,7 +36,7 @@ from megatron_distill.convert.hf_files import (
 from megatron_distill.convert.layout import hf_of_shards, shard_of_hf
 from megatron_distill.errors import CheckpointError
 
-Model = nn.Module | Sequence[nn.Module]
+type Model = nn.Module | Sequence[nn.Module]
 
 DEFAULT_BUCKET_BYTES = 512 << 20
 DEFAULT_FILE_BYTES = 4 << 30
@@ -112,7 +112,7 @@ def stream_hf_tensors(
         if rank != RECEIVER:
             yield []
             continue
-        tensors = []
+        tensors: list[tuple[str, Tensor]] = []
         for entry in bucket:
             pieces = [shards[entry.rule.megatron, owner] for owner in entry.owners]
             names = [tensor.name for tensor in entry.rule.hf]
@@ -205,12 +205,21 @@ def _local_parameters(model: Model, config: HfConfig) -> Iterator[tuple[str, nn.
         first_expert = groups.ep.rank() * config.num_experts // groups.ep.size() if is_moe else 0
         layer_numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]  # Megatron counts from 1
         for name, param in chunk.named_parameters():
-            prefix, layers, rest = name.partition("decoder.layers.")
-            if layers and not prefix:
-                index, _, in_layer = rest.partition(".")
-                canonical = canonical_name(in_layer, is_moe=is_moe, first_expert=first_expert)
-                name = f"decoder.layers.{layer_numbers[int(index)]}.{canonical}"
-            yield name, param, groups.expt_tp if ".experts." in name else groups.tp
+            yield (
+                _global_name(name, layer_numbers, is_moe, first_expert),
+                param,
+                (groups.expt_tp if ".experts." in name else groups.tp),
+            )
+
+
+def _global_name(name: str, layer_numbers: Sequence[int], is_moe: bool, first_expert: int) -> str:
+    """From a name on this rank, as the layer spec spells it, to the table's."""
+    prefix, layers, rest = name.partition("decoder.layers.")
+    if prefix or not layers:
+        return name
+    index, _, in_layer = rest.partition(".")
+    in_layer = canonical_name(in_layer, is_moe=is_moe, first_expert=first_expert)
+    return f"decoder.layers.{layer_numbers[int(index)]}.{in_layer}"
 
 
 def _rule_of(name: str, rules: dict[str, Rule], config: HfConfig) -> Rule:

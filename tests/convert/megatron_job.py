@@ -6,6 +6,7 @@ that importing Megatron costs.
 
 import json
 import os
+import queue
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,10 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     from megatron_distill.convert.live import load_hf_weights, save_hf, stream_hf_tensors
 
     model, config = build(case)
-    load_hf_weights(model, case["hf_dir"])
+    if "load_megatron" in case:
+        load_torch_dist(model, case["load_megatron"])
+    else:
+        load_hf_weights(model, case["hf_dir"])
     result: dict[str, Any] = {"case": case}
     result["logit_diff"] = logit_difference(model, config, case["hf_dir"])
 
@@ -84,8 +88,35 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     if "save_dir" in case:
         save_hf(model, config, case["hf_dir"], case["save_dir"], max_file_bytes=case.get("max_file_bytes", 1 << 40))
         assert Path(case["save_dir"], "config.json").exists()
+    if "save_megatron" in case:
+        save_torch_dist(model, case["save_megatron"])
     parallel_state.destroy_model_parallel()
     return result
+
+
+def load_torch_dist(model: Any, directory: str) -> None:
+    """Load as ``megatron.training`` does: with the checkpoint's own content metadata, every requested key present."""
+    from megatron.core import dist_checkpointing
+
+    metadata = dist_checkpointing.load_content_metadata(directory)
+    state = {"model": model.sharded_state_dict(metadata=metadata)}
+    loaded, missing, _ = dist_checkpointing.load(state, directory, strict="return_all")
+    assert not missing, missing
+    model.load_state_dict(loaded["model"], strict=True)
+
+
+def save_torch_dist(model: Any, directory: str) -> None:
+    """Save as ``megatron.training`` does, at this job's layout."""
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    filesystem_async._results_queue = queue.Queue()  # instead of a manager process, whose imports take 10-30 s
+    metadata = {"singleton_local_shards": False}
+    state = {"model": model.sharded_state_dict(metadata=metadata), "iteration": 7}
+    dist_checkpointing.save(state, directory, content_metadata=metadata)
 
 
 def build(case: dict[str, Any]) -> tuple[Any, Any]:
