@@ -12,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_distill.errors import CheckpointError
 
-_MAY_BE_MISSING = {"lm_head.weight"}  # absent where it is tied to the embeddings
+_OPTIONAL = ("lm_head.weight", "rotary_emb.inv_freq")
+"""Ends of names that a directory may hold or not: an output layer tied to the embeddings, and a constant that old exports
+stored."""
 
 
 def tensor_names(model_dir: Path) -> set[str]:
@@ -51,7 +53,9 @@ def require_same_tensors(model_dir: Path, expected: set[str]) -> None:
         CheckpointError: also as ``tensor_names`` does.
     """
     names = tensor_names(model_dir)
-    missing, extra = expected - names - _MAY_BE_MISSING, names - expected - _MAY_BE_MISSING
+    missing, extra = (
+        {name for name in some if not name.endswith(_OPTIONAL)} for some in (expected - names, names - expected)
+    )
     if missing or extra:
         raise CheckpointError(
             f"model_dir = {model_dir}: {len(missing)} tensors missing {sorted(missing)[:3]}, {len(extra)} unknown "

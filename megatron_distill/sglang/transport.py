@@ -57,6 +57,10 @@ class _Busy(Exception):
     """A timeout, 5xx or 429."""
 
 
+class _Refused(Exception):
+    """Any other 4xx: the server would refuse it again."""
+
+
 class Replica:
     """One server: its connections, how many requests are under way, and since when it has been unreachable."""
 
@@ -74,8 +78,7 @@ class Replica:
         """One HTTP exchange, without retries.
 
         Raises:
-            ServerError: the server refused the request (4xx but 429).
-            _Unreachable, _Reset, _Busy: what their names say.
+            _Unreachable, _Reset, _Busy, _Refused: what their names say.
         """
         try:
             response = self._http.request(
@@ -102,10 +105,7 @@ class Replica:
             return data
         if response.status == 429 or response.status >= 500:
             raise _Busy(f"HTTP {response.status}: {_error_text(data)}")
-        raise ServerError(
-            f"{self.url}{path} = HTTP {response.status}: {_error_text(data)}. The server refuses this request, and would "
-            "again. Compare the client's vocab_size and context_length with how the server was started."
-        )
+        raise _Refused(f"HTTP {response.status}: {_error_text(data)}")
 
     def close(self) -> None:
         """Close idle connections."""
@@ -159,6 +159,11 @@ class ReplicaPool:
                 with self._lock:
                     self._num_resets.pop(digest, None)
                 return answer
+            except _Refused as error:
+                raise ServerError(
+                    f"{replica.url}/generate = {error}. The server refuses this request, and would again. Compare the "
+                    "client's vocab_size and context_length with how the server was started."
+                ) from error
             except _Unreachable:
                 self.count("unreachable")
                 continue  # _acquire waits for it, or takes another
@@ -193,9 +198,10 @@ class ReplicaPool:
         """
         try:
             data = replica.call(method, path, json.dumps(body).encode() if body is not None else None, timeout_s)
-        except (_Unreachable, _Reset, _Busy) as error:
+        except (_Unreachable, _Reset, _Busy, _Refused) as error:
             raise ServerError(
-                f"{replica.url}{path} = {error}: the server did not do it. {self._where_to_look(replica)}"
+                f"{replica.url}{path} = {error}: the server did not do it. If it was a weight update, its weights are "
+                f"unknown: send all of them again before using it. {self._where_to_look(replica)}"
             ) from error
         try:
             reply = json.loads(data)
