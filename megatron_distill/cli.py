@@ -1,6 +1,7 @@
 """The command line: ``megatron-distill COMMAND ...``.
 
     train RECIPE [section.field=value ...]     run a recipe on this machine, or resume it
+    launch RECIPE --cluster PROFILE            run a recipe as a Slurm job, or resume it
     eval RUN_OR_MODEL                          measure a model on problems
     report RUN                                 (re)write a run's page and plots
     doctor                                     what is installed, and what works here
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from megatron_distill import __version__
 from megatron_distill import config as config_module
+from megatron_distill.cluster import add_launch_parser
 from megatron_distill.errors import DistillError
 from megatron_distill.recipe import all_recipes, load_recipe
 from megatron_distill.run_folder import RunFolder
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--run-dir", type=Path, help="where the run folder goes (default: runs/NAME)")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the processes, start none")
     train.set_defaults(func=_train)
+    add_launch_parser(commands)
     report = commands.add_parser("report", help="(re)write a run's page and plots")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(func=_report)
@@ -63,9 +66,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from megatron_distill import launch, preflight
+    from megatron_distill import preflight
     from megatron_distill.console import Console, closing_table
     from megatron_distill.doctor import environment
+    from megatron_distill.launch import prepare_folder
+    from megatron_distill.local import local_tasks, run_local, visible_gpus
     from megatron_distill.report import write_report
     from megatron_distill.run_folder import write_json
 
@@ -74,15 +79,15 @@ def _train(options: argparse.Namespace) -> None:
     preflight.check(config)
     if options.dry_run:
         print(f"{options.recipe}: sound. It would start, in {folder.root}:")
-        for task in launch.local_tasks(config, folder, list(range(30000, 30000 + launch.num_servers(config)))):
+        for task in local_tasks(config, folder, visible_gpus()):
             print(f"  {task.name:<12} {task.command}")
         return
-    resumed_step = launch.prepare_folder(config, folder)
+    resumed_step = prepare_folder(config, folder)
     config_module.save(config, folder.config)
     write_json(folder.root / "env.json", environment() | {"command": sys.argv, "working_directory": os.getcwd()})
     with Console(folder, config.num_steps) as console:
         console.say(f"resuming {folder.root} at step {resumed_step}" if resumed_step else f"run folder: {folder.root}")
-        launch.run_local(config, folder, console)
+        run_local(config, folder, console)
     write_report(folder)
     print(f"\n{closing_table(folder.evaluations())}\n\n  report: {folder.report}\n  model:  {folder.hf}")
 

@@ -25,7 +25,7 @@ def load_recipe(name: str) -> RunConfig:
     """
     if ":" in name:
         path, _, function = name.rpartition(":")
-        recipes = recipes_of(_module_at(Path(path)))
+        recipes = functions_returning(module_at(Path(path)), RunConfig)
         if function not in recipes:
             raise ConfigError(f"recipe = {name!r}: {path} has no such recipe. It has: {', '.join(recipes) or 'none'}.")
         return recipes[function]()
@@ -44,25 +44,30 @@ def all_recipes() -> dict[str, Callable[[], RunConfig]]:
     found: dict[str, Callable[[], RunConfig]] = {}
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"recipes.{info.name}")
-        found |= {f"{info.name}.{name}": function for name, function in recipes_of(module).items()}
+        found |= {f"{info.name}.{name}": function for name, function in functions_returning(module, RunConfig).items()}
     return found
 
 
-def recipes_of(module: ModuleType) -> dict[str, Callable[[], RunConfig]]:
-    """The recipes that a module defines: its own public functions annotated to return a ``RunConfig``."""
+def functions_returning[T](module: ModuleType, kind: type[T]) -> dict[str, Callable[[], T]]:
+    """The public functions that a module itself defines without arguments and annotates to return a ``kind``."""
     return {
         name: function
         for name, function in vars(module).items()
         if inspect.isfunction(function)
         and not name.startswith("_")
         and function.__module__ == module.__name__
-        and function.__annotations__ == {"return": RunConfig}
+        and function.__annotations__ == {"return": kind}
     }
 
 
-def _module_at(path: Path) -> ModuleType:
+def module_at(path: Path) -> ModuleType:
+    """Import the Python file at ``path``.
+
+    Raises:
+        ConfigError: if there is no such file.
+    """
     if not path.is_file():
-        raise ConfigError(f"recipe = {path}: no such file. Give path/to/file.py:function.")
+        raise ConfigError(f"{path}: no such file. Give path/to/file.py:function.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,9 +1,10 @@
 """The processes of a run: ``python -m megatron_distill.roles ROLE RUN_DIR ...``, started by the launcher only.
 
-    trainer                 one process a rank, under torchrun; needs --student-urls, and --teacher-urls if there are any
-    student-server INDEX    one SGLang replica of the student, on --port
-    teacher-server INDEX    one SGLang replica of the teacher, on --port
+    trainer                     one process a rank, under torchrun
+    student-server --index N    one SGLang replica of the student, on a free port of --host
+    teacher-server --index N    one SGLang replica of the teacher, on a free port of --host
 
+Servers announce their addresses in the run folder, where the trainer looks for them (see ``endpoints``).
 A role that fails leaves its cause in the run folder's ``errors/``, so that the launcher can print the first one, and ends
 with a non-zero code. A role never outlives the launcher that started it (``--launcher-pid``).
 """
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_distill import config as config_module
+from megatron_distill import endpoints
 from megatron_distill.config import RunConfig
 from megatron_distill.errors import DistillError, ServerError
 from megatron_distill.run_folder import RunFolder, write_json
@@ -35,9 +37,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--index", type=int, default=0)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--student-urls", default="")
-    parser.add_argument("--teacher-urls", default="")
     parser.add_argument("--launcher-pid", type=int, default=0)
     options = parser.parse_args(argv)
     folder = RunFolder(options.run_dir)
@@ -47,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             _end_with(options.launcher_pid)
         config = config_module.load(folder.config)
         if options.role == "trainer":
-            _train(config, folder, options.student_urls, options.teacher_urls)
+            _train(config, folder)
         else:
-            _serve(config, folder, options.role.removesuffix("-server"), options.index, options.host, options.port)
+            _serve(config, folder, options.role.removesuffix("-server"), options.index, options.host)
 
 
 @contextlib.contextmanager
@@ -88,34 +87,63 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def _train(config: RunConfig, folder: RunFolder, student_urls: str, teacher_urls: str) -> None:
-    from megatron_distill.collector import Endpoints
+def _save_and_stop_on(warning: signal.Signals) -> None:
+    """Treat ``warning`` as SIGTERM, at which Megatron saves a checkpoint and ends, once Megatron listens for that.
+
+    Slurm announces the end of a job's time to every process of it. It must be a signal that the servers ignore: the step
+    that the trainer finishes first still needs them.
+    """
+
+    def stop(*_: object) -> None:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(warning, stop)
+
+
+def _train(config: RunConfig, folder: RunFolder) -> None:
+    from megatron_distill.collector import Collector, Endpoints
     from megatron_distill.megatron.session import run
     from megatron_distill.vocabulary import load_vocabulary
 
+    _save_and_stop_on(signal.SIGUSR1)
     vocabulary = load_vocabulary(config.student.path, config.teacher.path, config.rollouts.stop_tokens)
-    urls = [tuple(url for url in text.split(",") if url) for text in (student_urls, teacher_urls)]
-    run(config, folder, Endpoints(student=urls[0], teacher=urls[1]), vocabulary)
+
+    def connect() -> Collector:
+        servers = config.servers
+        teachers = servers.teacher_replicas if config.needs_teacher_server else 0
+        urls = [
+            endpoints.announced(folder, role, replicas, servers.startup_timeout_s)
+            for role, replicas in (("student", servers.student_replicas), ("teacher", teachers))
+        ]
+        return Collector(config, folder, Endpoints(student=urls[0], teacher=urls[1]), vocabulary)
+
+    run(config, folder, vocabulary, connect)
     if int(os.environ.get("RANK", "0")) == 0:
         write_json(folder.finished, {"time": time.time(), "step": config.num_steps})
 
 
-def _serve(config: RunConfig, folder: RunFolder, role: str, index: int, host: str, port: int) -> None:
+def _serve(config: RunConfig, folder: RunFolder, role: str, index: int, host: str) -> None:
     from megatron_distill.collector import server_context_length
     from megatron_distill.sglang.server import ServerSpec, SGLangServer
 
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    model = config.student if role == "student" else config.teacher
+    model, tp = (
+        (config.student, config.servers.student_tp)
+        if role == "student"
+        else (config.teacher, config.servers.teacher_tp)
+    )
     spec = ServerSpec(
         model_dir=Path(model.path),
         role=f"{role}-{index}",
         host=host,
-        port=port,
         dtype={"fp32": "float32", "bf16": "bfloat16"}[config.student.dtype],
         context_length=server_context_length(config),
+        tp=tp,
     )
     with SGLangServer(spec, folder.logs / f"{role}-{index}.log") as server:
+        endpoints.announce(folder, role, index, server.url)
         folder.event(f"{role} server", "starting")
         server.wait_ready(config.servers.startup_timeout_s)
         folder.event(f"{role} server", "ready")

@@ -1,0 +1,34 @@
+"""Clusters that recipes are launched on: copy one, change it to yours, and name it: ``launch RECIPE --cluster NAME``.
+
+A profile may also live anywhere else: ``--cluster path/to/file.py:function``.
+"""
+
+from megatron_distill.cluster import ClusterProfile
+
+
+def lab() -> ClusterProfile:
+    """Emulated CPU nodes of one machine, as ``tests/slurm`` starts them: one rank or one server a node, no container."""
+    return ClusterProfile(
+        name="lab",
+        account="lab",
+        partition="lab",
+        time_limit="1:00:00",
+        gpus_per_node=0,
+        warning_s=120,
+    )
+
+
+def example_h100() -> ClusterProfile:
+    """Nodes of 8 H100 with pyxis and the trainer image of ``docker/``. An example: account, paths and names are made up."""
+    return ClusterProfile(
+        name="example_h100",
+        account="research",
+        partition="h100",
+        time_limit="4:00:00",
+        gpus_per_node=8,
+        python="python3",
+        container_image="registry.example.com/megatron-distill:0.1.0",
+        container_mounts=("/shared:/shared",),
+        env={"NCCL_IB_HCA": "mlx5"},
+        sbatch={"qos": "normal"},
+    )
