@@ -34,13 +34,13 @@ gated_configs = st.builds(
     replace,
     st.just(GATED),
     stage_steps=st.integers(1, 12),
-    min_entropy_nats=st.floats(0, 0.5),
+    min_entropy_nats=st.floats(0, 0.3),
     min_entropy_frac=st.floats(0, 1),
     max_truncated_frac=st.floats(0, 1),
     max_repetition_frac=st.floats(0, 1),
     on_failure=st.sampled_from(["freeze", "freeze_here", "retry"]),
 )
-models = st.lists(measurements, min_size=1, max_size=10).map(
+models = st.lists(st.just(HEALTHY) | measurements, min_size=1, max_size=10).map(
     lambda cycle: lambda step, horizon: cycle[step % len(cycle)]
 )
 
