@@ -112,7 +112,7 @@ class _FusedLinearKL(torch.autograd.Function):
             local_statistics(hidden_TH[c] @ head_VH.T, teacher_hidden_TH[c] @ teacher_head_VH.T, plan)
             for c in plan.chunks(hidden_TH)
         ]
-        summary = summarise(*(torch.cat(part) for part in zip(*parts, strict=True)), plan.shards, tp_group)
+        summary = summarise(parts, plan.shards, tp_group)
         reverse_kl_T = summary.normalisers_T5[:, 4].clone()
         loss_T = mixed_loss(weight_T, reverse_kl_T, summary.forward_kl_T)
         ctx.plan, ctx.tp_group, ctx.reduce_hidden_grad = plan, tp_group, reduce_hidden_grad

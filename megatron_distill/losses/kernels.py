@@ -33,6 +33,17 @@ def default_chunk_tokens(num_columns: int, device: torch.device) -> int:
     return max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * max(1, num_columns)))
 
 
+def token_chunks(logits_TV: Tensor, chunk_tokens: int | None, *, compiled: bool) -> list[slice]:
+    """Slices that cover the tokens, at least one: `chunk_tokens` each, or else as the kernels like it.
+
+    A compiled kernel keeps no intermediates, so it takes all tokens at once.
+    """
+    num_tokens, num_columns = logits_TV.shape
+    chunk = chunk_tokens or (num_tokens if compiled else default_chunk_tokens(num_columns, logits_TV.device))
+    starts = range(0, max(1, num_tokens), max(1, chunk))
+    return [slice(start, min(start + chunk, num_tokens)) for start in starts]
+
+
 @cache
 def compiled_kernel(kernel: Callable) -> Callable:
     """`kernel` through Inductor: compiled at its first call (seconds), and again for another width or dtype.

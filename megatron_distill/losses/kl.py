@@ -12,6 +12,7 @@ over ranks, and nothing is multiplied by their number. Average over data-paralle
     (terms.loss * mask).sum().backward()
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +24,10 @@ from megatron_distill.errors import LossError
 from megatron_distill.losses.kernels import (
     compiled_kernel,
     compute_dtype,
-    default_chunk_tokens,
     kl_gradient_,
     kl_statistics,
     merge_statistics,
+    token_chunks,
     weighted,
 )
 from megatron_distill.losses.shards import LocalColumns, StopTokenGroups, VocabShards, exchange, vocab_shards
@@ -142,12 +143,8 @@ class KLPlan(NamedTuple):
     grad_in_place: bool
 
     def chunks(self, logits_TV: Tensor) -> list[slice]:
-        """Slices of tokens; a compiled kernel keeps no intermediates, so it takes all tokens unless told otherwise."""
-        num_tokens = logits_TV.shape[0]
-        chunk = self.chunk_tokens or (
-            max(1, num_tokens) if self.compiled else default_chunk_tokens(logits_TV.shape[1], logits_TV.device)
-        )
-        return [slice(start, min(start + chunk, num_tokens)) for start in range(0, num_tokens, chunk)]
+        """Slices of tokens to work through."""
+        return token_chunks(logits_TV, self.chunk_tokens, compiled=self.compiled)
 
 
 def check_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
@@ -221,13 +218,14 @@ def _statistics_of_nothing(num_tokens: int, dtype: torch.dtype, device: torch.de
 
 
 def summarise(
-    stats_TS: Tensor, student_TX: Tensor, teacher_TX: Tensor, shards: VocabShards, tp_group: dist.ProcessGroup | None
+    parts: Sequence[tuple[Tensor, Tensor, Tensor]], shards: VocabShards, tp_group: dist.ProcessGroup | None
 ) -> KLSummary:
-    """Join all ranks' statistics and the outcomes made of extras into the KLs and entropies of every token.
+    """From all chunks' `local_statistics` to the KLs and entropies of every token, over all ranks and outcomes.
 
     With A = sum e^a and B = sum e^b over the whole vocabulary, KL(q||p) = sum e^a (a - b) / A - (log A - log B) and
     H(q) = log A - sum e^a a / A, and likewise the other way round.
     """
+    stats_TS, student_TX, teacher_TX = (torch.cat(part) for part in zip(*parts, strict=True))
     stats_RTS, extras = exchange(stats_TS, torch.cat([student_TX, teacher_TX], dim=1), tp_group)
     student_TO, teacher_TO = (shards.outcomes(part) for part in extras.tensor_split(2, dim=1))
     if shards.num_outcomes:
@@ -267,7 +265,7 @@ def write_gradient(
         weight_T, upstream_T: as in `kl_gradient_`.
     """
     shards, held = plan.shards, plan.shards.student
-    normalisers_T5, student_TO, teacher_TO = summary
+    normalisers_T5 = summary[0]
     extras = outcome_gradient(student_TV, summary, weight_T, upstream_T, plan)
     core_out = out_TV[:, held.core]
     core_in = core_out if out_TV is student_TV else student_TV[:, held.core]
@@ -335,10 +333,7 @@ class _DistillKL(torch.autograd.Function):
         tp_group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, ...]:
         parts = [local_statistics(student_TV[c], teacher_TV[c], plan) for c in plan.chunks(student_TV)]
-        if not parts:
-            parts = [local_statistics(student_TV, teacher_TV, plan)]
-        stats_TS, student_TX, teacher_TX = (torch.cat(part) for part in zip(*parts, strict=True))
-        summary = summarise(stats_TS, student_TX, teacher_TX, plan.shards, tp_group)
+        summary = summarise(parts, plan.shards, tp_group)
         reverse_kl_T = summary.normalisers_T5[:, 4].clone()
         loss_T = mixed_loss(weight_T, reverse_kl_T, summary.forward_kl_T)
         ctx.plan = plan

@@ -141,7 +141,7 @@ class _MixtureDivergence(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         shards = plan.shards
         parts = [local_statistics(student_TV[c], teacher_TV[c], plan) for c in plan.chunks(student_TV)]
-        summary = summarise(*(torch.cat(part) for part in zip(*parts, strict=True)), shards, tp_group)
+        summary = summarise(parts, shards, tp_group)
         normalisers_T5 = summary.normalisers_T5
         kernel = compiled_kernel(mixture_statistics) if plan.compiled else mixture_statistics
         sums_T2 = normalisers_T5.new_zeros(student_TV.shape[0], 2)

@@ -19,10 +19,10 @@ from megatron_distill.errors import LossError
 from megatron_distill.losses.columns import ColumnShard, chosen_logits, column_shard, locate
 from megatron_distill.losses.kernels import (
     compiled_kernel,
-    default_chunk_tokens,
     merge_softmax_statistics,
     softmax_gradient_,
     softmax_statistics,
+    token_chunks,
 )
 from megatron_distill.losses.kl import check_temperature, saved_logits
 from megatron_distill.losses.shards import exchange
@@ -87,13 +87,6 @@ class _TokenPlan(NamedTuple):
     chunk_tokens: int | None
     compiled: bool
 
-    def chunks(self, logits_TV: Tensor) -> list[slice]:
-        num_tokens = logits_TV.shape[0]
-        chunk = self.chunk_tokens or (
-            max(1, num_tokens) if self.compiled else default_chunk_tokens(logits_TV.shape[1], logits_TV.device)
-        )
-        return [slice(start, min(start + chunk, num_tokens)) for start in range(0, num_tokens, chunk)]
-
 
 class _Logprobs(torch.autograd.Function):
     """log q(y) = z_y - lse and H = lse - E_q[z], from three statistics and the token's own logit."""
@@ -108,7 +101,7 @@ class _Logprobs(torch.autograd.Function):
         stats_TS[:, 0] = -torch.inf
         if plan.shard.width:
             kernel = compiled_kernel(softmax_statistics) if plan.compiled else softmax_statistics
-            for c in plan.chunks(logits_TV):
+            for c in token_chunks(logits_TV, plan.chunk_tokens, compiled=plan.compiled):
                 stats_TS[c] = kernel(held_TV[c], plan.inverse_temperature)
         stats_RTS, chosen_T1 = exchange(stats_TS, chosen_T1, tp_group)
         maximum, total, inner = merge_softmax_statistics(stats_RTS).unbind(dim=1)
@@ -130,7 +123,7 @@ class _Logprobs(torch.autograd.Function):
         if not width:
             return grad_TV, None, None, None
         kernel = compiled_kernel(softmax_gradient_) if plan.compiled else softmax_gradient_
-        for c in plan.chunks(logits_TV):
+        for c in token_chunks(logits_TV, plan.chunk_tokens, compiled=plan.compiled):
             kernel(
                 grad_TV[c, :width],
                 held_TV[c],

@@ -25,10 +25,10 @@ from megatron_distill.errors import LossError
 from megatron_distill.losses.columns import ColumnShard, chosen_logits, column_shard, locate
 from megatron_distill.losses.kernels import (
     compute_dtype,
-    default_chunk_tokens,
     finite_or_zero,
     merge_softmax_statistics,
     softmax_statistics,
+    token_chunks,
     weighted,
 )
 from megatron_distill.losses.kl import check_temperature, mixed_loss, reverse_kl_weights, saved_logits
@@ -205,11 +205,6 @@ class _TopKPlan(NamedTuple):
     covers_vocabulary: bool
     chunk_tokens: int | None
 
-    def chunks(self, logits_TV: Tensor) -> list[slice]:
-        num_tokens = logits_TV.shape[0]
-        chunk = self.chunk_tokens or default_chunk_tokens(logits_TV.shape[1], logits_TV.device)
-        return [slice(start, min(start + chunk, num_tokens)) for start in range(0, num_tokens, chunk)]
-
 
 def _teacher_log_probs(slots: _Slots, plan: _TopKPlan) -> tuple[Tensor, Tensor]:
     """The teacher's log-probabilities of the outcomes, `[T, N + G + 1]`, and its mass on the slots, `[T]`."""
@@ -270,7 +265,12 @@ class _TopKKL(torch.autograd.Function):
         used_TN = slots.ids_TN != -1
         looked_up = torch.where(used_TN, slots.ids_TN, 0)
         shares_TN = chosen_logits(logits_TV, looked_up, plan.shard, plan.inverse_temperature)
-        stats_TS = torch.cat([_rest_statistics(logits_TV[c], slots.ids_TN[c], plan) for c in plan.chunks(logits_TV)])
+        stats_TS = torch.cat(
+            [
+                _rest_statistics(logits_TV[c], slots.ids_TN[c], plan)
+                for c in token_chunks(logits_TV, plan.chunk_tokens, compiled=False)
+            ]
+        )
         stats_RTS, slots_TN = exchange(stats_TS, shares_TN, tp_group)
         slots_TN = torch.where(used_TN, slots_TN, -torch.inf)
         rest_max, rest_sum, rest_inner = merge_softmax_statistics(stats_RTS).unbind(dim=1)
@@ -316,7 +316,7 @@ class _TopKKL(torch.autograd.Function):
         grad_TV = torch.empty_like(logits_TV)
         grad_TV[:, width:] = 0
         scale_T1 = upstream_T.unsqueeze(1) * plan.inverse_temperature
-        for c in plan.chunks(logits_TV):
+        for c in token_chunks(logits_TV, plan.chunk_tokens, compiled=False):
             rest_max, rest_log, rest_grad = rest_T3[c].unsqueeze(2).unbind(dim=1)
             z = logits_TV[c, :width].to(upstream_T.dtype) * plan.inverse_temperature
             padded = z.new_empty(z.shape[0], width + 1)
@@ -387,9 +387,7 @@ def vocab_parallel_topk(
     packed = torch.zeros(num_tokens, 3 + 2 * k, dtype=dtype, device=logits.device)
     packed[:, 0] = -torch.inf
     packed[:, 3 : 3 + k] = -torch.inf
-    chunk = default_chunk_tokens(shard.width, logits.device)
-    for start in range(0, num_tokens if here else 0, chunk):
-        c = slice(start, start + chunk)
+    for c in token_chunks(flat_TV, None, compiled=False) if here else ():
         held_TV = flat_TV[c, : shard.width]
         packed[c, :3] = softmax_statistics(held_TV, 1.0 / temperature)
         values, columns = held_TV.topk(here, dim=1)

@@ -102,6 +102,6 @@ def test_frozen_parts_get_no_gradient():
 
 def test_heads_that_do_not_fit_are_refused():
     """The message names the head and the width that its hidden states have."""
-    hidden, head, teacher_hidden, teacher_head = tensors(torch.float32)
+    hidden, head, teacher_hidden, _ = tensors(torch.float32)
     with pytest.raises(LossError, match=r"teacher_head = .*12 features"):
         fused_linear_distill_kl(hidden, head, teacher_hidden, head, reverse_kl_weight=1.0)

@@ -4,7 +4,8 @@ import dense
 import pytest
 import torch
 
-from megatron_distill.losses import distill_kl
+from megatron_distill.errors import LossError
+from megatron_distill.losses import distill_jsd, distill_kl, vocab_parallel_logprobs
 
 VOCAB = 37
 GROUPS = ((5, 19), (36, 0, 20))
@@ -89,3 +90,191 @@ def test_equals_dense_for_every_precision(ranks, dtype, temperature, chunk_token
         run_kl, 2, seed=5, dtype=dtype, student_width=20, teacher_width=24, chunk_tokens=chunk_tokens, **options
     )
     assert_equal_to_dense(results, dense_kl(5, dtype, **options), dtype)
+
+
+def random_case(tokens=6, vocab=11, dtype=torch.float64):
+    """Leaf student logits and teacher logits, whole rows."""
+    student = dense.random_logits(1, tokens, vocab, dtype=dtype).requires_grad_()
+    return student, dense.random_logits(2, tokens, vocab, dtype=dtype)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_gradcheck(weight):
+    """The hand-written backward is the derivative of the forward, stop groups and padding included."""
+    student, teacher = random_case()
+    options = {"reverse_kl_weight": weight, "vocab_size": 10, "stop_token_groups": ((1, 4),), "temperature": 1.4}
+    assert torch.autograd.gradcheck(lambda z: distill_kl(z, teacher, **options).loss, (student,))
+
+
+def test_forward_kl_gradient_is_that_of_soft_target_cross_entropy():
+    """grad KL(p || q) = grad of -sum p log q = q - p, exactly."""
+    student, teacher = random_case()
+    (grad,) = torch.autograd.grad(distill_kl(student, teacher, reverse_kl_weight=0.0).loss.sum(), student)
+    cross_entropy = -(teacher.softmax(-1) * student.log_softmax(-1)).sum()
+    torch.testing.assert_close(grad, torch.autograd.grad(cross_entropy, student)[0])
+    torch.testing.assert_close(grad, (student.softmax(-1) - teacher.softmax(-1)).detach())
+
+
+def test_reverse_kl_gradient_is_the_centred_log_ratio_policy_gradient():
+    """grad KL(q || p) = sum_y q(y) (log q - log p)(y) grad log q(y) = q ((log q - log p) - KL), exactly."""
+    student, teacher = random_case()
+    terms = distill_kl(student, teacher, reverse_kl_weight=1.0)
+    (grad,) = torch.autograd.grad(terms.loss.sum(), student)
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    reward = (log_p - log_q).detach()
+    policy_gradient = -(log_q.exp().detach() * reward * log_q).sum()
+    torch.testing.assert_close(grad, torch.autograd.grad(policy_gradient, student)[0])
+    torch.testing.assert_close(grad, (log_q.exp() * (-reward - terms.reverse_kl[:, None])).detach())
+
+
+def test_monte_carlo_policy_gradient_agrees_within_its_standard_error():
+    """Averaged over 200,000 tokens drawn from the student, log-ratio REINFORCE is the reverse-KL gradient to 5 sigma."""
+    student, teacher = random_case(tokens=1)
+    (exact,) = torch.autograd.grad(distill_kl(student, teacher, reverse_kl_weight=1.0).loss.sum(), student)
+    log_q, log_p = student.detach().log_softmax(-1)[0], teacher.log_softmax(-1)[0]
+    draws = torch.multinomial(log_q.exp(), 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    score = torch.eye(11, dtype=torch.float64)[draws] - log_q.exp()
+    samples = (log_q - log_p)[draws][:, None] * score
+    error = samples.std(0) / len(draws) ** 0.5
+    assert ((samples.mean(0) - exact[0]).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_identical_models_have_no_loss_and_no_gradient(dtype, weight):
+    """KL(x, x) is 0 to the last bit, at any offset of the logits."""
+    student, _ = random_case(dtype=dtype)
+    shifted = (student.detach().float() + 512).to(dtype).requires_grad_()
+    for logits in (student, shifted):
+        terms = distill_kl(logits, logits.detach(), reverse_kl_weight=weight)
+        terms.loss.sum().backward()
+        assert not terms.loss.any()
+        assert not logits.grad.any()
+
+
+def test_offsets_do_not_cost_precision():
+    """Adding 4096 to the teacher's logits (exact in fp32 for these) changes neither terms nor gradient beyond rounding."""
+    student, teacher = (part.detach().mul(64).round().div(64).float() for part in random_case())
+    results = []
+    for offset in (0.0, 4096.0):
+        leaf = student.clone().requires_grad_()
+        terms = distill_kl(leaf, teacher + offset, reverse_kl_weight=0.5)
+        terms.loss.sum().backward()
+        results.append((*(term.detach() for term in terms), leaf.grad))
+    for plain, moved in zip(*results, strict=True):
+        torch.testing.assert_close(moved, plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.heavy)])
+def test_extreme_logits_give_the_right_finite_values(compiled):
+    """Logits of +-1e4, tokens ruled out by both models, one-hot teachers: the float64 values, and finite gradients."""
+    inf = torch.inf
+    rows = [  # student, teacher
+        ([1e4, -1e4, 0.0, 3.0], [-1e4, 1e4, 0.0, 3.0]),
+        ([1.0, -inf, 2.0, -inf], [0.5, -inf, -1.0, -inf]),
+        ([0.3, 0.1, -0.2, 1.0], [1e4, 0.0, 0.0, 0.0]),
+        ([1e4, 1e4 - 1, 0.0, -1e4], [1e4 - 2, 1e4, -1e4, 0.0]),
+    ]
+    student = torch.tensor([row[0] for row in rows], requires_grad=True)
+    teacher = torch.tensor([row[1] for row in rows])
+    for weight in (0.0, 0.5, 1.0):
+        terms = distill_kl(student, teacher, reverse_kl_weight=weight, compiled=compiled)
+        (grad,) = torch.autograd.grad(terms.loss.sum(), student)
+        leaf = student.detach().double().requires_grad_()
+        # Logits of -1e30 stand for -inf, so that autograd through the dense loss stays finite.
+        log_q, log_p = (dense.log_outcomes(part.clamp(min=-1e30)) for part in (leaf, teacher))
+        expected = weight * dense.kl(log_q, log_p) + (1 - weight) * dense.kl(log_p, log_q)
+        (expected_grad,) = torch.autograd.grad(expected.sum(), leaf)
+        assert grad.isfinite().all()
+        torch.testing.assert_close(terms.loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_one_hot_teacher_by_infinity():
+    """A teacher that rules all else out: finite forward KL and gradient; the reverse KL is infinite and says so."""
+    student = torch.tensor([[0.3, 0.1, -0.2, 1.0]], requires_grad=True)
+    teacher = torch.tensor([[-torch.inf, 5.0, -torch.inf, -torch.inf]])
+    terms = distill_kl(student, teacher, reverse_kl_weight=0.0)
+    terms.loss.sum().backward()
+    torch.testing.assert_close(terms.loss, -student.log_softmax(-1)[:, 1].detach())
+    torch.testing.assert_close(student.grad, student.detach().softmax(-1) - torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
+    assert terms.reverse_kl.item() == torch.inf
+    assert terms.teacher_entropy.item() == 0
+    assert distill_kl(student, teacher, reverse_kl_weight=0.1).loss.item() == torch.inf
+
+
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+def test_nan_is_reported_in_its_token_only(broken):
+    """A NaN logit of either model makes that token's loss NaN, and no other's."""
+    student, teacher = (part.detach() for part in random_case())
+    (student if broken == "student" else teacher)[2, 5] = torch.nan
+    loss = distill_kl(student, teacher, reverse_kl_weight=0.5).loss
+    assert loss.isnan().tolist() == [False, False, True, False, False, False]
+
+
+def test_merging_stop_tokens_forgives_which_one_is_used():
+    """Models that agree but for which member of a group they end with have zero KL once the group is one action."""
+    student, teacher = torch.zeros(1, 5), torch.zeros(1, 5)
+    student[0, 1], teacher[0, 3] = 6.0, 6.0
+    assert distill_kl(student, teacher, reverse_kl_weight=0.5).loss.item() > 1
+    merged = distill_kl(student, teacher, reverse_kl_weight=0.5, stop_token_groups=((1, 3),))
+    assert abs(merged.loss.item()) < 1e-6
+
+
+def test_leading_dimensions_and_empty_batches():
+    """`[s, b, V]` logits give `[s, b]` terms; no tokens give no terms, and an empty gradient."""
+    student, teacher = random_case(tokens=6)
+    terms = distill_kl(student.view(3, 2, 11), teacher.view(3, 2, 11), reverse_kl_weight=0.2)
+    torch.testing.assert_close(terms.loss.flatten(), distill_kl(student, teacher, reverse_kl_weight=0.2).loss)
+    empty = torch.zeros(0, 11, requires_grad=True)
+    distill_kl(empty, torch.zeros(0, 11), reverse_kl_weight=0.2).loss.sum().backward()
+    assert empty.grad.shape == (0, 11)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"reverse_kl_weight": 1.2}, "reverse_kl_weight"),
+        ({"reverse_kl_weight": torch.ones(3)}, "reverse_kl_weight"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"vocab_size": 12}, "vocab_size"),
+        ({"stop_token_groups": ((1, 2), (2, 3))}, "stop_token_groups"),
+        ({"stop_token_groups": ((1, 11),)}, "stop_token_groups"),
+        ({"stop_token_groups": ((),)}, "stop_token_groups"),
+    ],
+)
+def test_faults_are_named(options, name):
+    """Each refusal names the argument and its value."""
+    student, teacher = random_case()
+    with pytest.raises(LossError, match=f"^{name} = "):
+        distill_kl(student, teacher, **{"reverse_kl_weight": 0.5, **options})
+
+
+def test_unequal_padding_needs_the_true_size():
+    """Different widths without `vocab_size` are refused: padding would be read as tokens."""
+    with pytest.raises(LossError, match="vocab_size = None"):
+        distill_kl(torch.zeros(2, 8), torch.zeros(2, 10), reverse_kl_weight=0.5)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_equals_eager(dtype):
+    """Inductor's kernels give the eager terms and gradients for all families, with stop groups, padding and masks."""
+    student, teacher = (part.detach() for part in random_case(tokens=6, vocab=200, dtype=dtype))
+    student[0, 3] = teacher[0, 3] = -torch.inf
+    common = {"vocab_size": 190, "stop_token_groups": ((1, 5),), "temperature": 1.3}
+    calls = [
+        lambda z, **o: distill_kl(z, teacher, reverse_kl_weight=0.3, **common, **o),
+        lambda z, **o: distill_jsd(z, teacher, teacher_weight=0.4, **common, **o),
+        lambda z, **o: vocab_parallel_logprobs(z, torch.arange(6), vocab_size=190, **o),
+    ]
+    for call in calls:
+        results = []
+        for options in ({}, {"compiled": True}, {"compiled": True, "chunk_tokens": 4}):
+            leaf = student.clone().requires_grad_()
+            terms = call(leaf, **options)
+            (terms[0] * torch.linspace(-1, 1, 6)).sum().backward()
+            results.append((*(term.detach() for term in terms), leaf.grad.float()))
+        for compiled in results[1:]:
+            for ours, eager in zip(compiled, results[0], strict=True):
+                torch.testing.assert_close(ours, eager, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=2e-6)

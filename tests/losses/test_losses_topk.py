@@ -6,7 +6,8 @@ import dense
 import pytest
 import torch
 
-from megatron_distill.losses import distill_kl_topk
+from megatron_distill.errors import LossError
+from megatron_distill.losses import distill_kl, distill_kl_topk, vocab_parallel_topk
 
 VOCAB = 37
 GROUPS = ((5, 19), (36, 0, 20))
@@ -104,8 +105,8 @@ def test_equals_dense(ranks, tp, tail, weight):
         if setting["k"] == VOCAB and tail == "dropped" and tp > 1:
             continue
         results = ranks.run(run_topk, tp, seed=seed, width=WIDTHS[tp], tail=tail, weight=weight, **setting)
-        setting = {name: value for name, value in setting.items() if name != "chunk_tokens"}
-        expected, entropy, grad = dense_topk(seed, tail=tail, weight=weight, **setting)
+        of_reference = {name: value for name, value in setting.items() if name != "chunk_tokens"}
+        expected, entropy, grad = dense_topk(seed, tail=tail, weight=weight, **of_reference)
         for terms, _ in results:
             for ours, theirs in zip(terms, expected, strict=False):
                 torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
@@ -113,3 +114,163 @@ def test_equals_dense(ranks, tp, tail, weight):
                 torch.testing.assert_close(terms[3], entropy, rtol=1e-10, atol=1e-11)
         joined = dense.unshard([grad for _, grad in results], VOCAB)
         torch.testing.assert_close(joined, grad, rtol=1e-9, atol=1e-11)
+
+
+def topk_of(teacher_logp, k):
+    """The teacher's k best ids and their log-probabilities."""
+    best = teacher_logp.topk(k, dim=-1)
+    return best.indices, best.values
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_gradcheck(weight):
+    """The hand-written backward is the derivative of the forward for each tail, stop groups included."""
+    student = dense.random_logits(1, 3, 9).requires_grad_()
+    teacher_logp = dense.random_logits(2, 3, 9).log_softmax(-1)
+    ids, logprobs = topk_of(teacher_logp, 4)
+    for tail in ("bucket", "renormalised", "dropped"):
+        with warnings.catch_warnings(action="ignore"):
+            assert torch.autograd.gradcheck(
+                lambda z, tail=tail: (
+                    distill_kl_topk(
+                        z,
+                        ids,
+                        logprobs,
+                        reverse_kl_weight=weight,
+                        tail=tail,
+                        stop_token_groups=((1, 4),),
+                        stop_logprobs=teacher_logp[:, [1, 4]],
+                    ).loss
+                ),
+                (student,),
+            )
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 20])
+def test_tail_bucket_is_bounded_by_the_full_kl(k):
+    """0 <= KL over k + 1 outcomes <= KL over the vocabulary, in both directions (data processing)."""
+    student, teacher_logp = dense.random_logits(1, 50, 30), dense.random_logits(2, 50, 30).log_softmax(-1)
+    full = distill_kl(student, teacher_logp, reverse_kl_weight=0.5)
+    for support in (teacher_logp, student):
+        ids = support.topk(k, dim=-1).indices
+        ours = distill_kl_topk(student, ids, teacher_logp.gather(-1, ids), reverse_kl_weight=0.5)
+        for small, large in ((ours.forward_kl, full.forward_kl), (ours.reverse_kl, full.reverse_kl)):
+            assert (small >= -1e-12).all()
+            assert (small <= large + 1e-12).all()
+
+
+def test_every_token_asked_for_is_the_dense_loss():
+    """With K = V all three tails equal distill_kl in loss and gradient."""
+    teacher_logp = dense.random_logits(2, 5, 12).log_softmax(-1)
+    ids, logprobs = topk_of(teacher_logp, 12)
+    student = dense.random_logits(1, 5, 12).requires_grad_()
+    terms = distill_kl(student, teacher_logp, reverse_kl_weight=0.3)
+    (expected,) = torch.autograd.grad(terms.loss.sum(), student)
+    for tail in ("bucket", "renormalised", "dropped"):
+        with warnings.catch_warnings(action="ignore"):
+            ours = distill_kl_topk(student, ids, logprobs, reverse_kl_weight=0.3, tail=tail)
+        torch.testing.assert_close(ours.loss, terms.loss)
+        torch.testing.assert_close(torch.autograd.grad(ours.loss.sum(), student)[0], expected)
+
+
+def test_tail_bucket_gradient_is_closest_to_the_full_one():
+    """Cosine to the full reverse-KL gradient: bucket above renormalised and above dropped."""
+    student = dense.random_logits(1, 200, 50, spread=1.5).requires_grad_()
+    teacher_logp = dense.random_logits(2, 200, 50, spread=1.5).log_softmax(-1)
+    (full,) = torch.autograd.grad(distill_kl(student, teacher_logp, reverse_kl_weight=1.0).loss.sum(), student)
+    cosine = {}
+    for tail in ("bucket", "renormalised", "dropped"):
+        with warnings.catch_warnings(action="ignore"):
+            loss = distill_kl_topk(student, *topk_of(teacher_logp, 8), reverse_kl_weight=1.0, tail=tail).loss
+        (grad,) = torch.autograd.grad(loss.sum(), student)
+        cosine[tail] = torch.cosine_similarity(grad.flatten(), full.flatten(), dim=0)
+    assert cosine["bucket"] > max(cosine["renormalised"], cosine["dropped"])
+
+
+def test_confident_models_keep_a_precise_tail():
+    """A student tail of 1e-7 in fp32 has the float64 loss and gradient: it is summed, not subtracted from 1."""
+    student = torch.full((1, 100), -5.0)
+    student[0, :3] = torch.tensor([16.0, 15.0, 14.0])
+    teacher_logp = torch.full((1, 100), -3.0)
+    teacher_logp[0, :3] = torch.tensor([5.0, 4.0, 4.5])
+    teacher_logp = teacher_logp.double().log_softmax(-1)
+    grads, losses = [], []
+    for dtype in (torch.float32, torch.float64):
+        leaf = student.clone().to(dtype).requires_grad_()
+        loss = distill_kl_topk(leaf, *topk_of(teacher_logp, 3), reverse_kl_weight=0.5).loss
+        loss.sum().backward()
+        losses.append(loss.detach().double())
+        grads.append(leaf.grad.double())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize("total", [1.0, 1.0 + 5e-7])
+def test_a_teacher_whose_topk_sums_to_one_stays_finite(total):
+    """fp32 log-probabilities that add up to 1, or a rounding above, leave a floor of a tail: a finite reverse KL >= 0."""
+    logprobs = torch.tensor([[0.75 * total, 0.25 * total]]).log()
+    student = torch.zeros(1, 10, requires_grad=True)
+    terms = distill_kl_topk(student, torch.tensor([[3, 7]]), logprobs, reverse_kl_weight=0.5)
+    terms.loss.sum().backward()
+    assert 0 <= terms.reverse_kl.item() < 20
+    assert student.grad.isfinite().all()
+
+
+def test_stop_logprobs_make_the_merged_outcome_exact():
+    """Teacher and student end with different members of a group: free with stop_logprobs, costly when one is unseen."""
+    student, teacher = torch.zeros(1, 12), torch.zeros(1, 12)
+    student[0, 1], teacher[0, 3] = 8.0, 8.0
+    teacher_logp = teacher.log_softmax(-1)
+    ids, logprobs = topk_of(teacher_logp, 2)
+    options = {"reverse_kl_weight": 0.5, "stop_token_groups": ((1, 3),)}
+    exact = distill_kl_topk(student, ids, logprobs, stop_logprobs=teacher_logp[:, [1, 3]], **options)
+    unseen = distill_kl_topk(student, torch.tensor([[3, 5]]), teacher_logp[:, [3, 5]], **options)
+    assert abs(exact.loss.item()) < 1e-5
+    assert unseen.loss.item() > 1
+
+
+def test_masses_and_unused_slots():
+    """Masses are those of the tokens asked for, and a slot of -1 counts as nothing."""
+    student, teacher_logp = dense.random_logits(1, 4, 20), dense.random_logits(2, 4, 20).log_softmax(-1)
+    ids, logprobs = topk_of(teacher_logp, 3)
+    plain = distill_kl_topk(student, ids, logprobs, reverse_kl_weight=0.5)
+    padded_ids = torch.cat([ids, torch.full((4, 2), -1)], 1)
+    padded = distill_kl_topk(student, padded_ids, torch.cat([logprobs, torch.zeros(4, 2)], 1), reverse_kl_weight=0.5)
+    torch.testing.assert_close(tuple(padded), tuple(plain))
+    torch.testing.assert_close(plain.topk_mass, logprobs.exp().sum(-1))
+    torch.testing.assert_close(plain.student_topk_mass, student.softmax(-1).gather(-1, ids).sum(-1))
+
+
+def test_what_is_refused_or_warned_of():
+    """k = 1 renormalised is refused, tails that lose something say what, ids outside the vocabulary show as NaN."""
+    student, ids, logprobs = torch.zeros(1, 8), torch.tensor([[2, 3]]), torch.tensor([[-1.0, -2.0]])
+    with pytest.raises(LossError, match="k = 1"):
+        distill_kl_topk(student, ids[:, :1], logprobs[:, :1], reverse_kl_weight=1.0, tail="renormalised")
+    with pytest.raises(LossError, match="tail = "):
+        distill_kl_topk(student, ids, logprobs, reverse_kl_weight=1.0, tail="none")
+    with pytest.warns(UserWarning, match="no gradient"):
+        distill_kl_topk(student, ids, logprobs, reverse_kl_weight=1.0, tail="renormalised")
+    with pytest.warns(UserWarning, match="negative"):
+        distill_kl_topk(student, ids, logprobs, reverse_kl_weight=1.0, tail="dropped")
+    with pytest.raises(LossError, match="stop_logprobs = "):
+        distill_kl_topk(
+            student, ids, logprobs, reverse_kl_weight=1.0, stop_token_groups=((1, 2),), stop_logprobs=logprobs[:, :1]
+        )
+    assert distill_kl_topk(student, ids + 6, logprobs, reverse_kl_weight=1.0).loss.isnan().all()
+
+
+def run_vocab_topk(group, width, k):
+    """One rank's answer."""
+    full = dense.random_logits(1, TOKENS, VOCAB, dtype=torch.float32)
+    shard = dense.shard(full, width, group.rank() if group is not None else 0)
+    return vocab_parallel_topk(shard, k, tp_group=group, vocab_size=VOCAB, temperature=0.8)
+
+
+@pytest.mark.parametrize(("tp", "k"), [(1, 5), (2, 5), (4, 20), (4, VOCAB)])
+def test_vocab_parallel_topk_equals_dense(ranks, tp, k):
+    """Every rank gets the whole vocabulary's k best ids with their log-probabilities; padding never wins."""
+    log_q = dense.log_outcomes(dense.random_logits(1, TOKENS, VOCAB, dtype=torch.float32), temperature=0.8)
+    expected = log_q.topk(k, dim=-1)
+    for ids, logprobs in ranks.run(run_vocab_topk, tp, width=WIDTHS[tp], k=k):
+        assert torch.equal(ids, expected.indices)
+        torch.testing.assert_close(logprobs.double(), expected.values, rtol=1e-5, atol=1e-5)
