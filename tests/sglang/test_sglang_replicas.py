@@ -55,7 +55,7 @@ def test_loss_of_a_replica_loses_no_response(model: TinyQwen3, tmp_path: Path) -
         kill_scheduler(group)
         thread.join(timeout=200)
         assert [sample.response_ids for sample in after] == [sample.response_ids for sample in before]
-        assert client.counters["resets"] > 0
+        assert client.counters["resets"] + client.counters["unreachable"] > 0
         wait_until_gone_or_zombie(doomed)
         with pytest.raises(ServerError, match=rf"{doomed.url}.*the server did not do it"):
             client.update_weights_from_disk(model.directory, version="1")

@@ -129,7 +129,7 @@ def test_bucket_outside_a_session_is_an_error(client: SGLangClient) -> None:
 
 def test_aborted_responses_are_drawn_again(client: SGLangClient) -> None:
     """Responses that a pause cut short are asked for again, not taken for samples."""
-    sampling = SamplingParams(max_new_tokens=120, stop_token_ids=())
+    sampling = SamplingParams(max_new_tokens=200)
     prompts = [PROMPT] * 4
     undisturbed = client.generate(prompts, sampling=sampling, seeds=range(4))
     results: list[Generation] = []
@@ -137,9 +137,10 @@ def test_aborted_responses_are_drawn_again(client: SGLangClient) -> None:
         target=lambda: results.extend(client.generate(prompts, sampling=sampling, seeds=range(4)))
     )
     thread.start()
-    threading.Event().wait(0.5)
-    client.pause("abort")
-    client.continue_generation()
+    while thread.is_alive() and not client.counters["retries"]:  # until a pause has met running requests
+        threading.Event().wait(0.1)
+        client.pause("abort")
+        client.continue_generation()
     thread.join(timeout=120)
     assert [r.response_ids for r in results] == [u.response_ids for u in undisturbed]
     assert client.counters["retries"] > 0
