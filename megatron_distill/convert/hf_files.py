@@ -11,6 +11,7 @@ header ``{name: {dtype, shape, data_offsets}}``, then the tensors' bytes.
 Names to know: ``HfDirectory``, ``HfDirectoryWriter``, ``atomic_directory``, ``check_free_space``, ``copy_companions``.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -126,6 +127,11 @@ class HfDirectory:
         """Bytes of all tensors."""
         return sum(info.num_bytes for info in self.tensors.values())
 
+    @property
+    def num_files(self) -> int:
+        """How many weight files it is sharded into."""
+        return len(self._files)
+
     def check(self, config: HfConfig) -> None:
         """Prove that the files hold exactly the tensors of ``config``, each in its shape.
 
@@ -187,7 +193,7 @@ def atomic_directory(target: str | Path, *, overwrite: bool = False) -> Iterator
     With ``overwrite`` an existing target stays whole until the new one is complete.
 
     Raises:
-        CheckpointError: the target exists, is not empty, and ``overwrite`` is False.
+        CheckpointError: the target exists, is not empty, and ``overwrite`` is False; or the disk filled up.
     """
     target = Path(target)
     exists = target.exists() and (not target.is_dir() or any(target.iterdir()))
@@ -201,8 +207,12 @@ def atomic_directory(target: str | Path, *, overwrite: bool = False) -> Iterator
     partial.mkdir(parents=True)
     try:
         yield partial
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise CheckpointError(
+                f"{target}: the disk filled up while it was written. Nothing was kept. Free some space, and start again."
+            ) from error
         raise
     if not exists:
         if target.exists():

@@ -123,6 +123,11 @@ class MegatronCheckpoint:
         """Whether training can be resumed from it, rather than only started."""
         return any(key.startswith("optimizer") for key in self._metadata.state_dict_metadata)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, vocabulary padding included."""
+        return sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in self.tensors.values())
+
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return next(iter(self.tensors.values())).properties.dtype
