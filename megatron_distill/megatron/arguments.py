@@ -69,6 +69,7 @@ def training_arguments(config: RunConfig, student: HfConfig, folder: RunFolder) 
     switches += ["full-validation", "multiple-validation-sets"]
     if folder.latest_checkpoint_step():
         values["load"] = folder.checkpoints
+        switches.append("override-opt-param-scheduler")  # a resumed run may be longer than it was planned to be
     if student_config.dtype == "bf16":
         switches.append("bf16")
     if student_config.distributed_optimizer:

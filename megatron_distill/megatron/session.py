@@ -11,13 +11,15 @@ never in the data iterator, whose ``next`` the stages of a pipeline call at diff
 """
 
 import shutil
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from megatron_distill.collector import Collector, Endpoints
+from megatron_distill.collector import Collector
 from megatron_distill.config import RunConfig
 from megatron_distill.convert.hf_config import HfConfig
 from megatron_distill.convert.live import load_hf_weights, save_hf
@@ -38,16 +40,19 @@ from megatron_distill.vocabulary import Vocabulary
 class Session:
     """State of a run on one rank. Its methods are the arguments of ``megatron.training.pretrain``."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, endpoints: Endpoints, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, vocabulary: Vocabulary, make_collector: Callable[[], Collector]
+    ) -> None:
         """Remember what the run is; Megatron is not initialised yet.
 
         Args:
             config: of the run.
             folder: its folder, created by the launcher.
-            endpoints: the servers' addresses.
             vocabulary: shared by student and teacher.
+            make_collector: called on each replica's leader.
         """
-        self.config, self.folder, self.endpoints, self.vocabulary = config, folder, endpoints, vocabulary
+        self.config, self.folder, self.vocabulary = config, folder, vocabulary
+        self._make_collector = make_collector
         self.hf_config = HfConfig.from_dir(config.student.path)
         self.packed_kernels = not cpu_backend.is_cpu()
         self._chunks: list[Any] = []
@@ -94,9 +99,7 @@ class Session:
         self._step = self._synced_version = get_args().iteration
         self.ranks: Ranks = find_ranks()
         device = next(self._chunks[0].parameters()).device
-        self._collector = (
-            Collector(self.config, self.folder, self.endpoints, self.vocabulary) if self.ranks.is_leader else None
-        )
+        self._collector = self._make_collector() if self.ranks.is_leader else None
         self._tap = ScalarTap()
         if self.ranks.is_reporter:
             global_vars._GLOBAL_TENSORBOARD_WRITER = self._tap
@@ -249,10 +252,10 @@ class Session:
         return mpu.get_tensor_model_parallel_rank() == 0
 
 
-def run(config: RunConfig, folder: RunFolder, endpoints: Endpoints, vocabulary: Vocabulary) -> None:
+def run(
+    config: RunConfig, folder: RunFolder, vocabulary: Vocabulary, make_collector: Callable[[], Collector]
+) -> Session:
     """Train: hand a ``Session`` to the unmodified ``megatron.training.pretrain``, then export the student."""
-    import sys
-
     cpu_backend.install()
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -261,7 +264,7 @@ def run(config: RunConfig, folder: RunFolder, endpoints: Endpoints, vocabulary: 
 
     from megatron_distill.megatron.arguments import training_arguments
 
-    session = Session(config, folder, endpoints, vocabulary)
+    session = Session(config, folder, vocabulary, make_collector)
     sys.argv[1:] = training_arguments(config, session.hf_config, folder)
     arguments = parse_and_validate_args()
     torch.manual_seed(config.seed)
@@ -274,3 +277,4 @@ def run(config: RunConfig, folder: RunFolder, endpoints: Endpoints, vocabulary: 
         non_loss_data_func=session.after_step,
     )
     session.finish()
+    return session

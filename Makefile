@@ -1,0 +1,40 @@
+# Two commands on a fresh machine with Python 3.12: `make quickstart` and `make test`.
+# Everything goes into .venv; set UV_CACHE_DIR, PIP_INDEX_URL or the like in the environment if your site needs it.
+
+PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: quickstart test test-heavy check setup docs clean
+
+quickstart: $(READY)  ## distil a tiny student on this CPU: minutes
+	$(BIN)/megatron-distill train tiny.quickstart
+
+test: $(READY)  ## the default tests
+	$(BIN)/python -m pytest -m "not heavy and not slurm"
+
+test-heavy: $(READY)  ## whole runs and the one-host Slurm
+	$(BIN)/python -m pytest -m "heavy or slurm"
+
+check: $(READY)  ## lint, format, types, import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.12 is needed (megatron-core 0.17 and later). Try: pyenv install 3.12, or make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@echo "installing about 10 GB of packages into .venv (minutes the first time)"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[launch,dev]'
+	@touch $@
+
+docs: $(READY)  ## regenerate the generated pages
+	$(BIN)/python -m megatron_distill.metrics > docs/metrics.md
+
+clean:
+	rm -rf .venv runs
