@@ -37,6 +37,7 @@ VOCAB_SIZE = 384
 CONTEXT_TOKENS = 512
 NUM_TRAIN_PROBLEMS = 600
 END_OF_TEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+STOP_TOKENS = [IM_END, END_OF_TEXT]
 IGNORED_LABEL = -100  # transformers' convention for positions without a loss
 
 CHAT_TEMPLATE = (
@@ -203,11 +204,8 @@ def measure_accuracy(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         max_new_tokens=220,
-        do_sample=sample,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
-        eos_token_id=tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT]),
+        **({"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {"do_sample": False}),
+        eos_token_id=tokenizer.convert_tokens_to_ids(STOP_TOKENS),
         pad_token_id=tokenizer.pad_token_id,
     )
     texts = tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -229,9 +227,8 @@ def make_model(role: Role, tokenizer: Tokenizer, out: Path) -> dict[str, float]:
     }
     print(f"{role.name}: held-out accuracy {accuracy}", flush=True)
     model.generation_config = GenerationConfig(
-        eos_token_id=wrapped.convert_tokens_to_ids(
-            [role.stop_token, IM_END if role.stop_token != IM_END else END_OF_TEXT]
-        ),
+        # Its own first; each also stops on the other's.
+        eos_token_id=wrapped.convert_tokens_to_ids(sorted(STOP_TOKENS, key=lambda token: token != role.stop_token)),
         pad_token_id=wrapped.pad_token_id,
         do_sample=True,
         temperature=1.0,
