@@ -13,6 +13,7 @@ and so is the choice of what to do about the rest of the vocabulary:
 * `tail="dropped"`: the sum over the vocabulary is cut off after K terms. No divergence: it can be negative.
 """
 
+import math
 import warnings
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +36,9 @@ from megatron_distill.losses.kl import check_temperature, mixed_loss, reverse_kl
 from megatron_distill.losses.shards import StopTokenGroups, check_stop_token_groups, exchange
 
 Tail = Literal["bucket", "renormalised", "dropped"]
+
+# The least probability that a teacher's tail is given: what 1 minus a sum of fp32 log-probabilities can resolve.
+_TAIL_FLOOR = 1e-6
 
 _TAIL_COSTS = {
     "renormalised": "tail = 'renormalised': tokens outside the top-k get no gradient, so the student may drift to them "
@@ -122,7 +126,7 @@ def distill_kl_topk(
     ids_TK = topk_ids.detach().reshape(-1, topk_ids.shape[-1])
     logprobs_TK = topk_logprobs.detach().reshape(ids_TK.shape).to(dtype)
     slots = _slots(ids_TK, logprobs_TK, groups, None if stop_logprobs is None else stop_logprobs.detach().to(dtype))
-    plan = _TopKPlan(shard, 1.0 / temperature, tail, topk_ids.shape[-1] >= shard.vocab_size, chunk_tokens)
+    plan = _TopKPlan(shard, 1.0 / temperature, tail, chunk_tokens)
     terms = _TopKKL.apply(
         student_logits.reshape(-1, student_logits.shape[-1]),
         reverse_kl_weights(reverse_kl_weight, student_logits),
@@ -202,25 +206,30 @@ class _TopKPlan(NamedTuple):
     shard: ColumnShard
     inverse_temperature: float
     tail: Tail
-    covers_vocabulary: bool
     chunk_tokens: int | None
 
 
-def _teacher_log_probs(slots: _Slots, plan: _TopKPlan) -> tuple[Tensor, Tensor]:
-    """The teacher's log-probabilities of the outcomes, `[T, N + G + 1]`, and its mass on the slots, `[T]`."""
+def _teacher_log_probs(slots: _Slots, student_rest_T: Tensor, tail: Tail) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probabilities of the outcomes, `[T, N + G + 1]`, and its mass on the slots, `[T]`.
+
+    Args:
+        student_rest_T: the student's log-weight of everything outside the slots; -inf where there is nothing outside.
+    """
     known_TN = slots.logprobs_TN
     log_mass_T = known_TN.logsumexp(dim=1)
     none_T = torch.full_like(log_mass_T, -torch.inf)
-    if plan.tail == "renormalised" or plan.covers_vocabulary:
-        log_p = _outcomes(slots, known_TN - log_mass_T.unsqueeze(1), none_T)
-    elif plan.tail == "dropped":
-        log_p = _outcomes(slots, known_TN, none_T)
-    else:
-        floor = 1e-6 if known_TN.dtype == torch.float32 else 1e-12
-        held_T = log_mass_T.clamp(max=torch.log1p(known_TN.new_tensor(-floor)))
-        tail_T = torch.log(-torch.expm1(held_T))
-        log_p = _outcomes(slots, known_TN - (log_mass_T - held_T).nan_to_num(nan=0.0).unsqueeze(1), tail_T)
-    return log_p, log_mass_T.exp()
+    if tail == "renormalised":
+        return _outcomes(slots, known_TN - log_mass_T.unsqueeze(1), none_T), log_mass_T.exp()
+    if tail == "dropped":
+        return _outcomes(slots, known_TN, none_T), log_mass_T.exp()
+    floor = _TAIL_FLOOR if known_TN.dtype == torch.float32 else 1e-12
+    held_T = log_mass_T.clamp(max=math.log1p(-floor))
+    tail_T = torch.log(-torch.expm1(held_T))
+    # Slots that cover the vocabulary leave no tail to floor: what the sum then lacks to 1 is rounding.
+    covered_T = (student_rest_T == -torch.inf) & (log_mass_T > math.log1p(-1e-3))
+    held_T, tail_T = torch.where(covered_T, 0.0, held_T), torch.where(covered_T, none_T, tail_T)
+    excess_T = torch.where(log_mass_T == -torch.inf, 0.0, log_mass_T - held_T)
+    return _outcomes(slots, known_TN - excess_T.unsqueeze(1), tail_T), log_mass_T.exp()
 
 
 class _Divergences(NamedTuple):
@@ -278,7 +287,7 @@ class _TopKKL(torch.autograd.Function):
 
         full_z = _outcomes(slots, slots_TN, rest_T)
         log_q_full = full_z - full_z.logsumexp(dim=1, keepdim=True)
-        log_p, topk_mass_T = _teacher_log_probs(slots, plan)
+        log_p, topk_mass_T = _teacher_log_probs(slots, rest_T, plan.tail)
         counted_O = torch.ones_like(log_q_full[0])
         log_q = log_q_full
         if plan.tail == "dropped":

@@ -274,3 +274,12 @@ def test_vocab_parallel_topk_equals_dense(ranks, tp, k):
     for ids, logprobs in ranks.run(run_vocab_topk, tp, width=WIDTHS[tp], k=k):
         assert torch.equal(ids, expected.indices)
         torch.testing.assert_close(logprobs.double(), expected.values, rtol=1e-5, atol=1e-5)
+
+
+def test_slots_that_cover_a_small_vocabulary_leave_no_tail():
+    """K tokens and the stop tokens together are all there is: the dense merged loss, not an infinite one."""
+    student, teacher_logp = dense.random_logits(1, 4, 6).float(), dense.random_logits(2, 4, 6).float().log_softmax(-1)
+    ids = torch.tensor([0, 2, 3, 5]).expand(4, 4)
+    options = {"reverse_kl_weight": 0.5, "stop_token_groups": ((1, 4),)}
+    ours = distill_kl_topk(student, ids, teacher_logp.gather(-1, ids), stop_logprobs=teacher_logp[:, [1, 4]], **options)
+    torch.testing.assert_close(ours.loss, distill_kl(student, teacher_logp, **options).loss, rtol=1e-4, atol=1e-6)
