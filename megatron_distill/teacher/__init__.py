@@ -3,8 +3,11 @@
 ``sglang_topk``: a server scores the finished response; its top-k log-probs travel with the batch (``SGLangTopKTeacher``).
 ``in_process``: Megatron holds the teacher beside the student, with the same sharding; full-vocabulary logits are made in
 the forward step (``megatron_distill.megatron.in_process_teacher``).
+
+What a server said can be kept on disk, whoever asks again (``CachedTeacher``, ``CachedWriter``).
 """
 
+from megatron_distill.teacher.cache import CachedTeacher, CachedWriter, teacher_identity
 from megatron_distill.teacher.sglang_topk import SGLangTopKTeacher
 
-__all__ = ["SGLangTopKTeacher"]
+__all__ = ["CachedTeacher", "CachedWriter", "SGLangTopKTeacher", "teacher_identity"]
