@@ -2,6 +2,7 @@
 
     train RECIPE [section.field=value ...]     run a recipe on this machine, or resume it
     launch RECIPE --cluster PROFILE            run a recipe as a Slurm job, or resume it
+    plan RECIPE                                layout, memory and bytes on the wire; what would make it fit
     eval RUN_OR_MODEL                          measure a model on problems
     report RUN                                 (re)write a run's page and plots
     doctor                                     what is installed, and what works here
@@ -20,6 +21,7 @@ from megatron_distill import __version__
 from megatron_distill import config as config_module
 from megatron_distill.cluster import add_launch_parser
 from megatron_distill.errors import DistillError
+from megatron_distill.plan import add_plan_parser
 from megatron_distill.recipe import all_recipes, load_recipe
 from megatron_distill.run_folder import RunFolder
 
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="check everything, print the processes, start none")
     train.set_defaults(func=_train)
     add_launch_parser(commands)
+    add_plan_parser(commands)
     report = commands.add_parser("report", help="(re)write a run's page and plots")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(func=_report)

@@ -1,0 +1,173 @@
+"""Qwen3 on GPUs, with the settings of "Decoupling KL and Trajectories" (arXiv 2605.16826). Names say student, teacher, nodes x
+GPUs, horizon. These recipes are validated and planned by the tests; they have not been run: that takes GPUs.
+
+    megatron-distill plan   qwen3.b06_from_4b_1x8_4096
+    megatron-distill train  qwen3.b06_from_4b_1x8_4096                            # on the node itself
+    megatron-distill launch qwen3.b06_from_4b_1x8_4096 --cluster example_h100     # as a Slurm job
+    megatron-distill launch qwen3.b06_from_4b_1x8_4096 --cluster example_h100 \\
+        name=offline_rl $(python -m recipes.qwen3 teacher_prefix_w1.0)             # one cell of the sweep
+
+They expect models/ with the Hugging Face directories, and data/ with DeepScaleR's problems and a held-out set as JSON lines
+of "problem" and "answer". One step trains on 32 responses, with the teacher's whole distribution where it fits the trainer.
+"""
+
+import sys
+from dataclasses import replace
+
+from megatron_distill.config import (
+    CurriculumConfig,
+    DataConfig,
+    DistillConfig,
+    EvalConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    RunConfig,
+    ServersConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from megatron_distill.schedules import constant
+
+LADDER_TOKENS = (128, 256, 512, 1024, 2048, 4096)
+
+SWEEP = {
+    f"{prefix}_prefix_w{weight}": (f"distill.reverse_kl_weight={weight}", *overrides)
+    for prefix, overrides in {
+        "student": ("rollouts.student_prefix_frac=1",),
+        # The teacher writes every response, so it gets the servers; the student's remaining one is for evaluation.
+        "teacher": (
+            "rollouts.student_prefix_frac=0",
+            "servers.student_replicas=1",
+            "servers.teacher_replicas=3",
+        ),
+    }.items()
+    for weight in (0.0, 0.2, 0.5, 0.8, 1.0)
+}
+"""The design space as overrides of a one-node recipe: who writes the prefix, and the weight of reverse KL. ``w1.0`` with the
+student's prefixes is on-policy distillation, ``w0.0`` with the teacher's is off-policy SFT with soft targets."""
+
+
+def _paper(name: str, teacher: str, horizon_tokens: int) -> RunConfig:
+    """The paper's common settings, and a layout for one node of 8: 4 ranks with the teacher inside, 4 student servers."""
+    return RunConfig(
+        name=name,
+        num_steps=1000,
+        micro_batch_rollouts=1,
+        save_every_steps=100,
+        student=StudentConfig(path="models/Qwen3-0.6B-Base", dp=4, dtype="bf16", distributed_optimizer=True),
+        teacher=TeacherConfig(path=f"models/{teacher}", transport="in_process"),
+        data=DataConfig(
+            train_path="data/deepscaler.jsonl",
+            heldout_path="data/heldout.jsonl",
+            prompt_key="problem",
+            answer_key="answer",
+            max_prompt_tokens=1024,
+        ),
+        rollouts=RolloutConfig(
+            prompts_per_step=32,
+            temperature=1.0,
+            top_p=0.95,
+            top_k=20,
+            # The base student ends with the one, the teacher with the other: one action, or lengths inflate.
+            stop_tokens=("<|endoftext|>", "<|im_end|>"),
+        ),
+        curriculum=CurriculumConfig(horizon_tokens=constant(horizon_tokens)),
+        distill=DistillConfig(reverse_kl_weight=constant(1.0)),
+        optimizer=OptimizerConfig(lr=5e-7, warmup_frac=0.05),
+        evaluation=EvalConfig(
+            num_problems=200,
+            samples_per_problem=3,
+            temperature=0.6,
+            top_p=0.95,
+            top_k=20,
+            max_response_tokens=8192,
+            every_steps=100,
+        ),
+        servers=ServersConfig(student_replicas=4, startup_timeout_s=1800.0, request_timeout_s=1800.0),
+    )
+
+
+def b06_from_4b_1x8_128() -> RunConfig:
+    """Qwen3-0.6B-Base from Qwen3-4B, 8 GPUs, responses of 128 tokens, reverse KL at the student's prefixes."""
+    return _paper("b06_from_4b_1x8_128", "Qwen3-4B", 128)
+
+
+def b06_from_4b_1x8_4096() -> RunConfig:
+    """Qwen3-0.6B-Base from Qwen3-4B, 8 GPUs, responses of 4096 tokens, reverse KL at the student's prefixes."""
+    return _paper("b06_from_4b_1x8_4096", "Qwen3-4B", 4096)
+
+
+def b06_from_4b_1x8_4096_mixed() -> RunConfig:
+    """As before with mostly forward KL (w = 0.2), which the paper found best at this length."""
+    config = b06_from_4b_1x8_4096()
+    return replace(config, name="b06_from_4b_1x8_4096_mixed", distill=DistillConfig(reverse_kl_weight=constant(0.2)))
+
+
+def b06_from_4b_1x8_eglc() -> RunConfig:
+    """Qwen3-0.6B-Base from Qwen3-4B, 8 GPUs, entropy-gated length curriculum from 128 to 4096 tokens, reverse KL."""
+    return _with_curriculum(_paper("b06_from_4b_1x8_eglc", "Qwen3-4B", 4096))
+
+
+def b06_from_8b_1x8_128() -> RunConfig:
+    """Qwen3-0.6B-Base from Qwen3-8B, 8 GPUs, responses of 128 tokens, reverse KL at the student's prefixes."""
+    return _paper("b06_from_8b_1x8_128", "Qwen3-8B", 128)
+
+
+def b06_from_8b_1x8_4096() -> RunConfig:
+    """Qwen3-0.6B-Base from Qwen3-8B, 8 GPUs, responses of 4096 tokens, reverse KL at the student's prefixes."""
+    return _paper("b06_from_8b_1x8_4096", "Qwen3-8B", 4096)
+
+
+def b06_from_8b_1x8_eglc() -> RunConfig:
+    """Qwen3-0.6B-Base from Qwen3-8B, 8 GPUs, entropy-gated length curriculum from 128 to 4096 tokens, reverse KL."""
+    return _with_curriculum(_paper("b06_from_8b_1x8_eglc", "Qwen3-8B", 4096))
+
+
+def b8_from_32b_4x8_4096() -> RunConfig:
+    """Qwen3-8B-Base from Qwen3-32B, four nodes of 8: two train (tp 4 x dp 4), one samples, one scores its top 64."""
+    config = _paper("b8_from_32b_4x8_4096", "Qwen3-32B", 4096)
+    return replace(
+        config,
+        student=StudentConfig(
+            path="models/Qwen3-8B-Base",
+            tp=4,
+            dp=4,
+            dtype="bf16",
+            sequence_parallel=True,
+            distributed_optimizer=True,
+        ),
+        teacher=TeacherConfig(path="models/Qwen3-32B", transport="sglang_topk", top_k=64),
+        distill=DistillConfig(reverse_kl_weight=constant(0.2)),
+        servers=replace(config.servers, student_replicas=8, teacher_replicas=4, teacher_tp=2),
+    )
+
+
+def moe30b_from_32b_4x8_2048() -> RunConfig:
+    """Qwen3-30B-A3B-Base (128 experts, 8 a token) from Qwen3-32B, four nodes of 8: two train (tp 4 x pp 2 x dp 2)."""
+    config = _paper("moe30b_from_32b_4x8_2048", "Qwen3-32B", 2048)
+    return replace(
+        config,
+        student=StudentConfig(
+            path="models/Qwen3-30B-A3B-Base",
+            tp=4,
+            pp=2,
+            dp=2,
+            dtype="bf16",
+            sequence_parallel=True,
+            distributed_optimizer=True,
+            recompute=True,
+        ),
+        teacher=TeacherConfig(path="models/Qwen3-32B", transport="sglang_topk", top_k=64),
+        distill=DistillConfig(reverse_kl_weight=constant(0.2)),
+        servers=replace(config.servers, student_replicas=4, student_tp=2, teacher_replicas=4, teacher_tp=2),
+    )
+
+
+def _with_curriculum(config: RunConfig) -> RunConfig:
+    """The same run, climbing the ladder: one rung every 150 steps while the held-out entropy allows it."""
+    curriculum = CurriculumConfig(kind="entropy_gated", ladder_tokens=LADDER_TOKENS, stage_steps=150)
+    return replace(config, curriculum=curriculum)
+
+
+if __name__ == "__main__":
+    print(" ".join(SWEEP[sys.argv[1]]))
