@@ -33,12 +33,16 @@ class Sample:
         rollout: the prompt, the response and who sampled it.
         teacher: the teacher's scores of the response; None if they are missing, and then the distillation loss skips
             the sample and counts it. Always None when the teacher runs in process.
+        reward: what the verifier gave, in [0, 1]; nan if it was not asked.
         advantage: of the response, for the policy-gradient component; 0 without it.
+        policy_weight: of each of its tokens in that component; 0 leaves the sample out.
     """
 
     rollout: Rollout
     teacher: TeacherScores | None = None
+    reward: float = float("nan")
     advantage: float = 0.0
+    policy_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,10 @@ class MicroBatch:
         response_position_T: int64, 0-based place of the token in its response.
         sampler_logprobs_T: fp32, log-prob under the sampler that wrote the token; nan where the teacher wrote it.
         is_scored_T: bool, whether the distillation loss applies to the token.
+        is_student_T: bool, whether the student wrote the token.
+        is_stale_T: bool, whether older weights than the present ones did.
         advantages_T: fp32, the sample's advantage, repeated over its tokens.
+        policy_weights_T: fp32, the sample's ``policy_weight``, likewise.
         topk_ids_TK: int64 teacher's likeliest tokens; None with an in-process teacher.
         topk_logprobs_TK: fp32, their log-probs over the full vocabulary.
         stop_logprobs_TS: fp32, the teacher's log-prob of every stop token.
@@ -72,7 +79,10 @@ class MicroBatch:
     response_position_T: torch.Tensor
     sampler_logprobs_T: torch.Tensor
     is_scored_T: torch.Tensor
+    is_student_T: torch.Tensor
+    is_stale_T: torch.Tensor
     advantages_T: torch.Tensor
+    policy_weights_T: torch.Tensor
     topk_ids_TK: torch.Tensor | None = None
     topk_logprobs_TK: torch.Tensor | None = None
     stop_logprobs_TS: torch.Tensor | None = None
@@ -94,14 +104,30 @@ def num_scored_tokens(samples: Sequence[Sample], in_process_teacher: bool) -> in
     return sum(len(s.rollout.response_ids) for s in samples if in_process_teacher or s.teacher is not None)
 
 
+def num_sft_tokens(samples: Sequence[Sample]) -> int:
+    """Tokens that the student did not write: the cross-entropy component's denominator, before the sum over replicas."""
+    return sum(len(s.rollout.response_ids) for s in samples if s.rollout.weight_version < 0)
+
+
+def policy_weight_sum(samples: Sequence[Sample]) -> float:
+    """The policy-gradient component's denominator, before the sum over replicas."""
+    return sum(len(s.rollout.response_ids) * s.policy_weight for s in samples)
+
+
 def build_micro_batches(
-    samples: Sequence[Sample], rollouts_per_micro_batch: int, *, in_process_teacher: bool, pad_multiple: int = 8
+    samples: Sequence[Sample],
+    rollouts_per_micro_batch: int,
+    *,
+    step: int,
+    in_process_teacher: bool,
+    pad_multiple: int = 8,
 ) -> list[MicroBatch]:
     """Cut samples into micro-batches of equal count and similar length, and pack each.
 
     Args:
         samples: of one replica's step.
         rollouts_per_micro_batch: divides ``len(samples)``.
+        step: 0-based: the version of the weights that will learn from them.
         in_process_teacher: every response token is scored, by the teacher beside the student.
         pad_multiple: rows are padded to a multiple of it (sequence parallelism needs a multiple of tp).
     """
@@ -114,7 +140,7 @@ def build_micro_batches(
         deal = by_length[start : start + num_micro_batches]
         for hand, sample in zip(hands if start // num_micro_batches % 2 == 0 else reversed(hands), deal, strict=True):
             hand.append(sample)
-    return [_pack(hand, in_process_teacher, pad_multiple) for hand in hands]
+    return [_pack(hand, step, in_process_teacher, pad_multiple) for hand in hands]
 
 
 def _num_tokens(sample: Sample) -> int:
@@ -137,7 +163,7 @@ def _rows(samples: Sequence[Sample], capacity: int) -> list[list[Sample]]:
     return rows
 
 
-def _pack(samples: Sequence[Sample], in_process_teacher: bool, pad_multiple: int) -> MicroBatch:
+def _pack(samples: Sequence[Sample], step: int, in_process_teacher: bool, pad_multiple: int) -> MicroBatch:
     longest = max(_num_tokens(sample) for sample in samples)
     row_tokens = -(-longest // pad_multiple) * pad_multiple
     rows = _rows(samples, row_tokens)
@@ -168,7 +194,10 @@ def _pack(samples: Sequence[Sample], in_process_teacher: bool, pad_multiple: int
         response_position_T=_cat([np.arange(len(s.rollout.response_ids)) for s in packed], np.int64),
         sampler_logprobs_T=_cat([s.rollout.sampler_logprobs for s in packed], np.float32),
         is_scored_T=_per_token(packed, is_scored, np.bool_),
+        is_student_T=_per_token(packed, [s.rollout.weight_version >= 0 for s in packed], np.bool_),
+        is_stale_T=_per_token(packed, [0 <= s.rollout.weight_version < step for s in packed], np.bool_),
         advantages_T=_per_token(packed, [s.advantage for s in packed], np.float32),
+        policy_weights_T=_per_token(packed, [s.policy_weight for s in packed], np.float32),
         **({} if in_process_teacher else _teacher_tensors(packed)),
     )
 

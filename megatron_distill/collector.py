@@ -3,25 +3,39 @@
 In: a run's config, the servers' addresses. Out: samples for a step, evaluations, and servers that hold new weights.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_distill.advantages import with_advantages
 from megatron_distill.batches import Sample
 from megatron_distill.config import RunConfig
 from megatron_distill.convert.hf_config import HfConfig
-from megatron_distill.errors import ServerError
-from megatron_distill.evaluate import Evaluation, evaluate
+from megatron_distill.curriculum import Measurement
+from megatron_distill.errors import DataError, ServerError
+from megatron_distill.evaluate import Evaluation, entropy_nats, evaluate
 from megatron_distill.prompts import encode_prompt, load_problems
 from megatron_distill.rewards import MathVerifier
-from megatron_distill.rollouts import Share, StepRequest, Stopwatch, collect_rollouts, score_rollouts
+from megatron_distill.rollouts import (
+    DataWriter,
+    Share,
+    StepRequest,
+    Stopwatch,
+    Teacher,
+    Writer,
+    collect_rollouts,
+    is_repetitive,
+    sampling_seed,
+    score_rollouts,
+)
 from megatron_distill.run_folder import RunFolder, append
 from megatron_distill.sglang.client import SGLangClient
 from megatron_distill.sglang.server import answers
-from megatron_distill.teacher import SGLangTopKTeacher
-from megatron_distill.types import SamplingParams
+from megatron_distill.teacher import CachedTeacher, CachedWriter, SGLangTopKTeacher, teacher_identity
+from megatron_distill.types import Rollout, SamplingParams
 from megatron_distill.vocabulary import Vocabulary
 
 SAMPLES_PER_STEP = 2  # rollouts of each step that samples.jsonl keeps
@@ -59,22 +73,60 @@ class Collector:
         """
         self._config, self._folder, self._vocabulary = config, folder, vocabulary
         data = config.data
-        read = {"prompt_key": data.prompt_key, "answer_key": data.answer_key}
+        read = {"prompt_key": data.prompt_key, "answer_key": data.answer_key, "solution_key": data.solution_key}
         self._train = load_problems(data.train_path, **read)
         self._heldout = load_problems(data.heldout_path, **read)
         self._train_prompts = [encode_prompt(vocabulary.tokenizer, problem) for problem in self._train]
         self._heldout_prompts = [encode_prompt(vocabulary.tokenizer, problem) for problem in self._heldout]
         self._endpoints = endpoints
+        self._verifier = MathVerifier()
         self.student = self._client(endpoints.student, "student", config.student.path)
-        self.teacher_client = (
+        self._teacher_client = (
             self._client(endpoints.teacher, "teacher", config.teacher.path) if endpoints.teacher else None
         )
-        self._teacher = (
-            SGLangTopKTeacher(self.teacher_client, top_k=config.teacher.top_k, stop_token_ids=vocabulary.stop_token_ids)
-            if config.teacher.transport == "sglang_topk" and self.teacher_client is not None
-            else None
-        )
-        self._verifier = MathVerifier()
+        self._off_policy: Writer | None = self._teacher_client
+        if config.rollouts.off_policy_source == "data":
+            self._off_policy = DataWriter(self._solutions())
+        self._teacher: Teacher | None = None
+        if self._teacher_client is not None and config.distill.weight and config.teacher.transport == "sglang_topk":
+            self._teacher = SGLangTopKTeacher(
+                self._teacher_client, top_k=config.teacher.top_k, stop_token_ids=vocabulary.stop_token_ids
+            )
+        if config.teacher.cache_dir and self._teacher_client is not None:
+            self._use_cache(self._teacher_client, Path(config.teacher.cache_dir))
+
+    def _use_cache(self, client: SGLangClient, directory: Path) -> None:
+        """Put the disk cache before the teacher's scores and responses."""
+        config = self._config
+        identity = teacher_identity(Path(config.teacher.path), config.student.dtype)
+        if self._teacher is not None:
+            self._teacher = CachedTeacher(
+                self._teacher,
+                directory,
+                identity=identity,
+                top_k=min(config.teacher.top_k, client.vocab_size),
+                stop_token_ids=self._vocabulary.stop_token_ids,
+            )
+        if config.teacher_writes:
+            self._off_policy = CachedWriter(client, directory, identity=identity)
+
+    def _solutions(self) -> dict[tuple[int, ...], list[int]]:
+        """The data's worked responses as token ids, each ended by the first stop token."""
+        unsolved = [problem.id for problem in self._train if problem.solution is None]
+        if unsolved:
+            raise DataError(
+                f"rollouts.off_policy_source = 'data': {len(unsolved)} problems of {self._config.data.train_path} have no "
+                f"{self._config.data.solution_key!r}, the first is {unsolved[0]!r}. Name the column in data.solution_key, "
+                "or set rollouts.off_policy_source=teacher."
+            )
+        encode = self._vocabulary.tokenizer.encode
+        return {
+            tuple(prompt): [
+                *encode(str(problem.solution), add_special_tokens=False),
+                self._vocabulary.stop_token_ids[0],
+            ]
+            for prompt, problem in zip(self._train_prompts, self._train, strict=True)
+        }
 
     def _client(self, urls: Sequence[str], role: str, path: str) -> SGLangClient:
         servers = self._config.servers
@@ -136,14 +188,21 @@ class Collector:
             ),
             seed=config.seed,
         )
-        rollouts = collect_rollouts(self._train_prompts, request, share, self.student, self.teacher_client)
+        rollouts = collect_rollouts(self._train_prompts, request, share, self.student, self._off_policy)
         watch.lap("rollout_s")
         samples = score_rollouts(rollouts, self._teacher, config.teacher.max_missing_frac)
+        if config.rl.weight:
+            samples = with_advantages(samples, self._rewards(rollouts), rollouts_config.rollouts_per_prompt, config.rl)
         watch.lap("score_s")
         if share.rank == 0:
             for sample in samples[:SAMPLES_PER_STEP]:
                 append(self._folder.samples, self._readable(step, sample))
         return Collected(samples, watch.seconds)
+
+    def _rewards(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """1 for a right answer, 0 for a wrong or missing one, by math-verify on the last box."""
+        responses = [self._vocabulary.decode(rollout.response_ids) for rollout in rollouts]
+        return self._verifier.verify(responses, [self._train[rollout.prompt_index].answer for rollout in rollouts])
 
     def _readable(self, step: int, sample: Sample) -> dict[str, Any]:
         rollout, decode = sample.rollout, self._vocabulary.decode
@@ -157,7 +216,7 @@ class Collector:
             "prompt": decode(rollout.prompt_ids),
             "response": decode(rollout.response_ids),
             "answer": problem.answer,
-        }
+        } | ({} if math.isnan(sample.reward) else {"reward": sample.reward, "advantage": sample.advantage})
 
     def evaluate(self, step: int) -> Evaluation:
         """Measure the weights that the student's servers hold, and write the result to the run folder."""
@@ -175,6 +234,30 @@ class Collector:
         evaluation.save(self._folder.evals)
         return evaluation
 
+    def measure(self) -> Measurement:
+        """What the curriculum's gate asks: entropy at temperature 1 over the model's own responses to held-out prompts."""
+        config, vocabulary = self._config, self._vocabulary
+        prompts = self._heldout_prompts[: config.evaluation.entropy_problems]
+        generations = self.student.generate(
+            prompts,
+            sampling=SamplingParams(
+                max_new_tokens=config.evaluation.max_response_tokens,
+                temperature=config.rollouts.temperature,
+                top_p=config.rollouts.top_p,
+                top_k=config.rollouts.top_k,
+                stop_token_ids=vocabulary.stop_token_ids,
+            ),
+            seeds=[sampling_seed(config.seed, (1 << 30) + index) for index in range(len(prompts))],
+        )
+        entropy, _ = entropy_nats(
+            self.student, [(prompt, g.response_ids) for prompt, g in zip(prompts, generations, strict=True)]
+        )
+        return Measurement(
+            entropy_nats=entropy,
+            truncated_frac=sum(g.stop_reason == "length" for g in generations) / len(generations),
+            repetition_frac=sum(is_repetitive(g.response_ids) for g in generations) / len(generations),
+        )
+
     def load_weights(self, path: Path, version: int) -> None:
         """Make every student server load ``path`` and prove that it did.
 
@@ -185,10 +268,10 @@ class Collector:
 
     def close(self) -> None:
         """End the verifier's process and the connections."""
-        self._verifier.close()
-        self.student.close()
-        if self.teacher_client is not None:
-            self.teacher_client.close()
+        for part in (self._verifier, self.student, self._teacher_client, self._teacher, self._off_policy):
+            close = getattr(part, "close", None)
+            if close is not None:
+                close()
 
 
 def server_context_length(config: RunConfig) -> int:

@@ -69,6 +69,7 @@ class DataConfig:
     heldout_path: str = _field("", "JSONL of held-out problems, for evaluation and the curriculum's gate")
     prompt_key: str = _field("prompt", "column that holds the prompt: a string or a list of chat messages")
     answer_key: str = _field("answer", "column that holds the reference answer")
+    solution_key: str = _field("solution", "column that holds a worked response, for rollouts.off_policy_source=data")
     max_prompt_tokens: int = _field(256, "longest prompt; a longer one is refused at start-up")
 
 
@@ -80,7 +81,13 @@ class RolloutConfig:
         constant(1.0), "share of a step's prompts whose response the student writes; the teacher writes the others"
     )
     prompts_per_step: int = _field(32, "prompts in one optimizer step, over all dp replicas")
-    rollouts_per_prompt: int = _field(1, "responses sampled for each prompt")
+    rollouts_per_prompt: int = _field(1, "responses to each prompt: the group of group-relative RL")
+    off_policy_source: Literal["teacher", "data"] = _field(
+        "teacher", "who writes what the student does not: the teacher's server, or the data's own solutions"
+    )
+    sync_every_steps: int = _field(
+        1, "optimizer steps between weight syncs to the student's servers; above 1 rollouts are stale, and say so"
+    )
     temperature: float = _field(1.0, "sampling temperature of rollouts")
     top_p: float = _field(1.0, "nucleus of rollouts")
     top_k: int = _field(-1, "sample among the k likeliest tokens; -1 is all")
@@ -155,6 +162,37 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class SftConfig:
+    """The cross-entropy component: -log q(token), on responses that the student did not write (hard targets)."""
+
+    weight: float = _field(0.0, "weight of the cross-entropy component in the loss")
+
+
+@dataclass(frozen=True)
+class RlConfig:
+    """The policy-gradient component, on responses that the student wrote, with rewards by math-verify."""
+
+    weight: float = _field(0.0, "weight of the policy-gradient component in the loss; 0 is no RL, and no rewards")
+    advantage_scale: Literal["group_std", "none"] = _field(
+        "group_std", "group_std: (reward - mean) / std of the prompt's group (GRPO); none: reward - mean (Dr. GRPO)"
+    )
+    normalisation: Literal["token", "sequence"] = _field(
+        "token", "token: mean over all tokens of the step (DAPO); sequence: mean over responses of their means (GRPO)"
+    )
+    drop_zero_signal: bool = _field(
+        True, "leave groups whose rewards are all equal out of the denominator, since they carry no gradient (DAPO)"
+    )
+    clip_low: float = _field(0.2, "how far the probability ratio may fall below 1 before its gain stops counting")
+    clip_high: float = _field(0.28, "how far it may rise above 1; larger than clip_low is DAPO's clip-higher")
+    max_importance_weight: float = _field(
+        2.0, "cap on the weight that corrects for the gap between SGLang's and Megatron's log-probs"
+    )
+    reference_kl_coef: float = _field(
+        0.0, "weight of the k3 estimate of KL(student||reference); the reference is the student as the run began"
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """Megatron's Adam."""
 
@@ -208,6 +246,8 @@ class RunConfig:
     rollouts: RolloutConfig = field(default_factory=RolloutConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    rl: RlConfig = field(default_factory=RlConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     servers: ServersConfig = field(default_factory=ServersConfig)
@@ -238,9 +278,20 @@ class RunConfig:
         return max(self.rollouts.student_prefix_frac.values) > 0
 
     @property
+    def teacher_writes(self) -> bool:
+        """Whether any step samples from the teacher."""
+        off_policy = min(self.rollouts.student_prefix_frac.values) < 1
+        return off_policy and self.rollouts.off_policy_source == "teacher"
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the run needs a teacher at all: RL and SFT alone do not."""
+        return self.distill.weight > 0 or self.teacher_writes
+
+    @property
     def needs_teacher_server(self) -> bool:
         """Whether a teacher server scores responses or writes prefixes."""
-        return self.teacher.transport == "sglang_topk" or min(self.rollouts.student_prefix_frac.values) < 1
+        return self.teacher_writes or (self.distill.weight > 0 and self.teacher.transport == "sglang_topk")
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -267,12 +318,12 @@ def problems_of(config: RunConfig) -> list[str]:
             if name.endswith("_frac"):
                 rule(0 <= value <= 1, where, "a share must lie in [0, 1].")
             elif name in ("tp", "pp", "dp", "student_tp", "teacher_tp", "num_steps") or name.endswith(
-                ("_replicas", "_per_step", "_per_prompt", "_per_replica")
+                ("_replicas", "_per_step", "_per_prompt", "_per_replica", "sync_every_steps")
             ):
                 rule(value >= 1, where, "must be at least 1.")
             elif name.startswith(("num_", "max_")) or name.endswith(("_tokens", "_problems", "_per_problem", "_s")):
                 rule(value > 0, where, "must be positive.")
-    for name in ("student", "teacher"):
+    for name in ("student", "teacher") if config.needs_teacher else ("student",):
         rule(bool(getattr(config, name).path), f"{name}.path", "must name a Hugging Face directory.")
     rule(bool(config.data.train_path), "data.train_path", "must name a JSONL file.")
     rule(bool(config.data.heldout_path), "data.heldout_path", "must name a JSONL file.")
@@ -285,6 +336,7 @@ def problems_of(config: RunConfig) -> list[str]:
         "must lie in [0, 1]: it weighs reverse KL, and forward KL gets the rest.",
     )
     _curriculum_rules(config, rule)
+    _component_rules(config, rule)
     rule(config.optimizer.lr > 0, "optimizer.lr", "must be positive.")
     for where in ("rollouts.temperature", "distill.temperature"):
         section, name = where.split(".")
@@ -319,6 +371,48 @@ def problems_of(config: RunConfig) -> list[str]:
         f"must be a multiple of student.dp = {config.student.dp}, so that a prompt's rollouts stay together.",
     )
     return problems
+
+
+def _component_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> None:
+    """The rules of the loss's components, alone and together."""
+    weights = {f"{name}.weight": getattr(config, name).weight for name in ("distill", "sft", "rl")}
+    for where, weight in weights.items():
+        rule(weight >= 0, where, "must not be negative.")
+    rule(any(weights.values()), "distill.weight", "distill, sft and rl all have weight 0, and nothing would be learnt.")
+    shares = config.rollouts.student_prefix_frac.values
+    rule(
+        not config.sft.weight or min(shares) < 1,
+        "sft.weight",
+        "cross entropy is computed on responses that the student did not write, and it writes all of them. Set "
+        "rollouts.student_prefix_frac below 1, or sft.weight=0.",
+    )
+    rl = config.rl
+    rule(
+        not rl.weight or max(shares) > 0,
+        "rl.weight",
+        "the policy gradient holds for responses of the student only: on other tokens a log-ratio gradient is not the "
+        "gradient of any objective here. Set rollouts.student_prefix_frac above 0, or rl.weight=0.",
+    )
+    rule(
+        not rl.weight or config.rollouts.rollouts_per_prompt >= 2,
+        "rollouts.rollouts_per_prompt",
+        "an advantage is relative to the prompt's other responses. Set it to 2 or more (8 is usual), or rl.weight=0.",
+    )
+    rule(
+        not rl.weight or config.rollouts.temperature == 1,
+        "rollouts.temperature",
+        "the policy gradient needs log-probs of the policy that sampled, and the loss takes them at temperature 1. "
+        "Set it to 1, or rl.weight=0.",
+    )
+    rule(0 <= rl.clip_low < 1, "rl.clip_low", "must lie in [0, 1).")
+    rule(rl.clip_high >= 0, "rl.clip_high", "must not be negative.")
+    rule(rl.max_importance_weight > 0, "rl.max_importance_weight", "must be positive.")
+    rule(rl.reference_kl_coef >= 0, "rl.reference_kl_coef", "must not be negative.")
+    rule(
+        not rl.reference_kl_coef or config.student.pp == 1,
+        "rl.reference_kl_coef",
+        "the reference model runs beside the student without a pipeline. Set student.pp=1, or the coefficient to 0.",
+    )
 
 
 def _curriculum_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> None:

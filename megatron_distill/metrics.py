@@ -59,12 +59,26 @@ METRICS: tuple[Metric, ...] = (
         "rev KL",
     ),
     Metric(
+        "cross_entropy_nats",
+        "Loss",
+        "-log q(token), mean over response tokens that the student did not write.",
+        "Falls to the entropy of whoever wrote them.",
+        "Falls while held-out accuracy does too: overfitting.",
+    ),
+    Metric(
         "policy_loss",
         "Loss",
         "Clipped policy-gradient objective, mean over response tokens; its value says little, its gradient matters.",
         "Small, around 0.",
         "Large: old and new log-probs disagree; see sampler_gap_nats.",
         form=".4f",
+    ),
+    Metric(
+        "clipped_frac",
+        "Loss",
+        "Share of policy-gradient tokens whose gradient the clip removed.",
+        "Below 0.2; 0 with fresh rollouts.",
+        "Above 0.3: rollouts are too stale; lower rollouts.sync_every_steps or optimizer.lr.",
     ),
     Metric(
         "reference_kl_nats",
@@ -349,3 +363,7 @@ def markdown() -> str:
                 cells = (f"`{metric.name}`", metric.meaning, metric.good, metric.bad)
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -16,7 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_distill.batches import MicroBatch
-from megatron_distill.losses import KLTerms, TopKTerms, distill_kl, distill_kl_topk, vocab_parallel_logprobs
+from megatron_distill.config import DistillConfig, RlConfig, SftConfig
+from megatron_distill.losses import (
+    KLTerms,
+    PolicyTerms,
+    TokenTerms,
+    TopKTerms,
+    distill_kl,
+    distill_kl_topk,
+    policy_gradient_loss,
+    truncated_importance_weights,
+    vocab_parallel_logprobs,
+)
 from megatron_distill.losses.topk import Tail
 from megatron_distill.metrics import Sums, add_sums
 
@@ -30,12 +41,16 @@ class StepPlan:
         reverse_kl_weight: w of the KL mix.
         num_response_tokens: over all replicas: what Megatron divides gradients by.
         num_scored_tokens: over all replicas: the distillation component's denominator.
+        num_sft_tokens: over all replicas: the cross-entropy component's.
+        policy_weight_sum: over all replicas: the policy-gradient component's.
     """
 
     step: int
     reverse_kl_weight: float
-    num_response_tokens: int
-    num_scored_tokens: int
+    num_response_tokens: float
+    num_scored_tokens: float
+    num_sft_tokens: float = 0.0
+    policy_weight_sum: float = 0.0
 
 
 @dataclass
@@ -43,24 +58,33 @@ class Objective:
     """The loss of a run, and the metrics that come with it.
 
     Attributes:
-        distill_weight: weight of the distillation component.
-        temperature: divides both models' logits in the KL.
+        distill: weight and temperature of the distillation component.
+        sft: weight of the cross-entropy component.
+        rl: weight and settings of the policy-gradient component.
         tail: what becomes of the teacher's mass outside its top-k: see ``losses.distill_kl_topk``.
-        stop_token_ids: tokens that are one action, merged in the loss.
+        stop_token_ids: tokens that are one action, merged in the KL.
         vocab_size: tokens that exist; the columns after them are padding.
+        sampling_temperature: at which the sampler's log-probs were taken; they are compared at 1 only.
         tp_group: over which the vocabulary is sharded; None if it is whole.
     """
 
-    distill_weight: float
-    temperature: float
+    distill: DistillConfig
+    sft: SftConfig
+    rl: RlConfig
     tail: Tail
     stop_token_ids: tuple[int, ...]
     vocab_size: int
+    sampling_temperature: float
     tp_group: dist.ProcessGroup | None
     _parts: list[dict[str, Tensor]] = field(default_factory=list)
 
     def __call__(
-        self, logits_TV: Tensor, batch: MicroBatch, plan: StepPlan, teacher_TV: Tensor | None
+        self,
+        logits_TV: Tensor,
+        batch: MicroBatch,
+        plan: StepPlan,
+        teacher_TV: Tensor | None = None,
+        reference_TV: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's part of the loss, times the step's response tokens (Megatron divides by those).
 
@@ -69,24 +93,74 @@ class Objective:
             batch: with the teacher's scores, unless ``teacher_TV`` is given.
             plan: of the step.
             teacher_TV: in-process teacher's logits, [T, V/tp].
+            reference_TV: logits of RL's reference model, [T, V/tp].
 
         Returns:
             A scalar with gradient, and {metric: [sum, count]} for Megatron's own log.
         """
-        terms = self._distill_terms(logits_TV, batch, plan, teacher_TV)
-        scored_T = batch.is_scored_T
-        # Unscored rows hold placeholders: select, never multiply, so that nothing of them can leak.
-        loss_T = torch.where(scored_T, terms.loss, 0.0)
-        scale = plan.num_response_tokens / max(plan.num_scored_tokens, 1)
-        total = self.distill_weight * scale * loss_T.sum()
-        report = {"loss": torch.stack([total.detach(), total.new_tensor(float(batch.target_ids_T.numel()))])}
-        self._parts.append(report | self._distill_sums(terms, scored_T) | self._sampling_sums(logits_TV, batch))
-        return total, report
+        sums: dict[str, Tensor] = {}
+        parts: list[Tensor] = []
+        if self.distill.weight:
+            terms = self._distill_terms(logits_TV, batch, plan, teacher_TV)
+            # Unscored rows hold placeholders: select, never multiply, so that nothing of them can leak.
+            total = torch.where(batch.is_scored_T, terms.loss, 0.0).sum()
+            parts.append(self.distill.weight * total / max(plan.num_scored_tokens, 1.0))
+            sums |= self._distill_sums(terms, batch)
+        # The sampled tokens' log-probs are a metric in any case; they carry a gradient only where a component needs it.
+        with torch.set_grad_enabled(bool(self.sft.weight or self.rl.weight)):
+            student = self._logprobs(logits_TV, batch)
+        if self.sft.weight:
+            written_T = ~batch.is_student_T
+            parts.append(
+                -self.sft.weight * torch.where(written_T, student.logprobs, 0.0).sum() / max(plan.num_sft_tokens, 1.0)
+            )
+            sums["cross_entropy_nats"] = _masked(-student.logprobs, written_T)
+        if self.rl.weight:
+            policy = self._policy_terms(student.logprobs, batch, reference_TV)
+            counted_T = batch.policy_weights_T > 0
+            loss_T = torch.where(counted_T, policy.loss, 0.0) * batch.policy_weights_T
+            parts.append(self.rl.weight * loss_T.sum() / max(plan.policy_weight_sum, 1e-9))
+            sums["policy_loss"] = _masked(policy.loss, counted_T)
+            sums["clipped_frac"] = _masked(policy.clipped, counted_T)
+            if reference_TV is not None:
+                sums["reference_kl_nats"] = _masked(policy.ref_kl, counted_T)
+        loss = torch.stack(parts).sum() * plan.num_response_tokens
+        report = {"loss": torch.stack([loss.detach(), loss.new_tensor(float(batch.target_ids_T.numel()))])}
+        self._parts.append(report | sums | self._sampling_sums(student, batch))
+        return loss, report
 
     def take_sums(self) -> Sums:
-        """(sum, count) of every metric over the micro-batches since the last call; the device is waited for here only."""
+        """(sum, count) of every metric over the micro-batches since the last call: only here the device is waited for."""
         parts, self._parts = self._parts, []
         return add_sums({name: tuple(pair.tolist()) for name, pair in part.items()} for part in parts)
+
+    def _logprobs(self, logits_TV: Tensor, batch: MicroBatch) -> TokenTerms:
+        return vocab_parallel_logprobs(
+            logits_TV, batch.target_ids_T, tp_group=self.tp_group, vocab_size=self.vocab_size
+        )
+
+    def _policy_terms(self, logprobs_T: Tensor, batch: MicroBatch, reference_TV: Tensor | None) -> PolicyTerms:
+        """The clipped policy gradient.
+
+        Fresh tokens: the old policy is the present one, and a truncated importance weight corrects for the sampler's
+        other kernels. Stale tokens: the old policy is the one that sampled them, whose log-probs are the sampler's.
+        """
+        sampler_T = torch.where(batch.is_student_T, batch.sampler_logprobs_T, logprobs_T.detach())
+        weights_T = truncated_importance_weights(logprobs_T, sampler_T, max_weight=self.rl.max_importance_weight)
+        reference_T = None
+        if reference_TV is not None:
+            with torch.no_grad():
+                reference_T = self._logprobs(reference_TV, batch).logprobs
+        return policy_gradient_loss(
+            logprobs_T,
+            torch.where(batch.is_stale_T, sampler_T, logprobs_T.detach()),
+            batch.advantages_T,
+            clip_low=self.rl.clip_low,
+            clip_high=self.rl.clip_high,
+            importance_weights=torch.where(batch.is_stale_T, 1.0, weights_T),
+            ref_logprobs=reference_T,
+            ref_kl_coef=self.rl.reference_kl_coef if reference_T is not None else 0.0,
+        )
 
     def _distill_terms(
         self, logits_TV: Tensor, batch: MicroBatch, plan: StepPlan, teacher_TV: Tensor | None
@@ -97,7 +171,7 @@ class Objective:
                 logits_TV,
                 teacher_TV,
                 reverse_kl_weight=plan.reverse_kl_weight,
-                temperature=self.temperature,
+                temperature=self.distill.temperature,
                 tp_group=self.tp_group,
                 vocab_size=self.vocab_size,
                 stop_token_groups=stop_groups,
@@ -115,27 +189,21 @@ class Objective:
             stop_logprobs=batch.stop_logprobs_TS if stop_groups else None,
         )
 
-    def _distill_sums(self, terms: KLTerms | TopKTerms, scored_T: Tensor) -> dict[str, Tensor]:
+    def _distill_sums(self, terms: KLTerms | TopKTerms, batch: MicroBatch) -> dict[str, Tensor]:
         named = {"forward_kl_nats": terms.forward_kl, "reverse_kl_nats": terms.reverse_kl}
         if isinstance(terms, TopKTerms):
             named["teacher_topk_mass"] = terms.topk_mass
             named["student_topk_mass"] = terms.student_topk_mass
         else:
             named["teacher_entropy_nats"] = terms.teacher_entropy
-        return {name: _masked(value, scored_T) for name, value in named.items()}
+        return {name: _masked(value, batch.is_scored_T) for name, value in named.items()}
 
-    @torch.no_grad()
-    def _sampling_sums(self, logits_TV: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
-        student = vocab_parallel_logprobs(
-            logits_TV, batch.target_ids_T, tp_group=self.tp_group, vocab_size=self.vocab_size
-        )
-        sampled_T = batch.sampler_logprobs_T.isfinite()
-        gap_T = (student.logprobs - batch.sampler_logprobs_T).abs()
-        every_T = torch.ones_like(sampled_T)
-        return {
-            "student_entropy_nats": _masked(student.entropy, every_T),
-            "sampler_gap_nats": _masked(gap_T, sampled_T),
-        }
+    def _sampling_sums(self, student: TokenTerms, batch: MicroBatch) -> dict[str, Tensor]:
+        sums = {"student_entropy_nats": _masked(student.entropy, torch.ones_like(batch.is_student_T))}
+        if self.sampling_temperature == 1:
+            gap_T = (student.logprobs - batch.sampler_logprobs_T).abs()
+            sums["sampler_gap_nats"] = _masked(gap_T, batch.is_student_T & ~batch.is_stale_T)
+        return sums
 
 
 def _masked(value_T: Tensor, mask_T: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ def check(config: RunConfig) -> None:
     """
     problems: list[str] = []
     models = {}
-    for role, path in (("student", config.student.path), ("teacher", config.teacher.path)):
+    paths = {"student": config.student.path} | ({"teacher": config.teacher.path} if config.needs_teacher else {})
+    for role, path in paths.items():
         try:
             if not Path(path).is_dir():
                 raise ConfigError(
@@ -35,15 +36,16 @@ def check(config: RunConfig) -> None:
             HfDirectory(path).check(models[role])
         except DistillError as error:
             problems.append(str(error))
-    if len(models) == 2 and not problems:
-        problems += _model_problems(config, models["student"], models["teacher"])
+    if not problems:
+        problems += _model_problems(config, models)
         problems += _data_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _model_problems(config: RunConfig, student: HfConfig, teacher: HfConfig) -> list[str]:
+def _model_problems(config: RunConfig, models: dict[str, HfConfig]) -> list[str]:
     problems = []
+    student = models["student"]
     tp, pp = config.student.tp, config.student.pp
     for what, number in (
         ("attention heads", student.num_attention_heads),
@@ -60,14 +62,14 @@ def _model_problems(config: RunConfig, student: HfConfig, teacher: HfConfig) -> 
             f"student.pp = {pp}: the student has {student.num_layers} layers. Set student.pp to a divisor of it."
         )
     longest = config.max_sequence_tokens + SGLANG_RESERVED_TOKENS
-    for role, model in (("student", student), ("teacher", teacher)):
+    for role, model in models.items():
         if longest > model.max_position_embeddings:
             problems.append(
                 f"data.max_prompt_tokens + longest response + {SGLANG_RESERVED_TOKENS} = {longest}: the {role} holds "
                 f"{model.max_position_embeddings} positions. Lower curriculum.horizon_tokens, "
                 "evaluation.max_response_tokens or data.max_prompt_tokens."
             )
-    if _same_weights(Path(config.student.path), Path(config.teacher.path)):
+    if "teacher" in models and _same_weights(Path(config.student.path), Path(config.teacher.path)):
         problems.append(
             f"teacher.path = {config.teacher.path}: holds the student's own weights, and every KL would be 0. "
             "Name another teacher."
@@ -78,10 +80,12 @@ def _model_problems(config: RunConfig, student: HfConfig, teacher: HfConfig) -> 
 def _data_problems(config: RunConfig) -> list[str]:
     problems = []
     try:
-        vocabulary = load_vocabulary(config.student.path, config.teacher.path, config.rollouts.stop_tokens)
+        vocabulary = load_vocabulary(
+            config.student.path, config.teacher.path or config.student.path, config.rollouts.stop_tokens
+        )
     except DistillError as error:
         return [str(error)]
-    if config.teacher.transport == "sglang_topk" and config.teacher.top_k > vocabulary.size:
+    if config.needs_teacher_server and config.teacher.top_k > vocabulary.size:
         problems.append(f"teacher.top_k = {config.teacher.top_k}: the vocabulary holds {vocabulary.size} tokens.")
     data = config.data
     for where, path in (("data.train_path", data.train_path), ("data.heldout_path", data.heldout_path)):

@@ -107,7 +107,9 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from megatron_distill.vocabulary import load_vocabulary
 
     _save_and_stop_on(signal.SIGUSR1)
-    vocabulary = load_vocabulary(config.student.path, config.teacher.path, config.rollouts.stop_tokens)
+    vocabulary = load_vocabulary(
+        config.student.path, config.teacher.path or config.student.path, config.rollouts.stop_tokens
+    )
 
     def connect() -> Collector:
         servers = config.servers

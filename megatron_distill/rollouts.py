@@ -9,7 +9,7 @@ function of (seed, step, place in the step), never of who asks or when: replicas
 import functools
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,7 +73,7 @@ class StepRequest:
 
 
 def collect_rollouts(
-    prompts: Sequence[Sequence[int]], request: StepRequest, share: Share, student: Writer | None, teacher: Writer | None
+    prompts: Sequence[Sequence[int]], request: StepRequest, share: Share, student: Writer, off_policy: Writer | None
 ) -> list[Rollout]:
     """Sample this replica's rollouts of one step.
 
@@ -81,8 +81,8 @@ def collect_rollouts(
         prompts: token ids of every training prompt, in file order.
         request: of the step.
         share: of this replica.
-        student: writes its share of the responses; may be None if that share is 0.
-        teacher: writes the others; may be None if there are none.
+        student: writes its share of the responses.
+        off_policy: writes the others: the teacher, or the data's solutions. None if there are none.
 
     Returns:
         ``rollouts_per_prompt`` rollouts of each of the replica's prompts, prompt-major.
@@ -92,19 +92,28 @@ def collect_rollouts(
     indices = [problem_at(position, len(prompts), request.seed) for position in range(first, first + per_replica)]
     expanded = [index for index in indices for _ in range(request.rollouts_per_prompt)]
     serial = first * request.rollouts_per_prompt
-    seeds = [sampling_seed(request.seed, serial + offset) for offset in range(len(expanded))]
+    # The student's responses differ from visit to visit; others' are a data set, the same at every visit of a prompt.
+    seeds = {
+        True: [sampling_seed(request.seed, serial + offset) for offset in range(len(expanded))],
+        False: [
+            sampling_seed(
+                request.seed, (1 << 40) + index * request.rollouts_per_prompt + offset % request.rollouts_per_prompt
+            )
+            for offset, index in enumerate(expanded)
+        ],
+    }
     by_student = [
         student_writes(share.rank * per_replica + offset // request.rollouts_per_prompt, request.student_prefix_frac)
         for offset in range(len(expanded))
     ]
     rollouts: list[Rollout | None] = [None] * len(expanded)
-    for writer, wanted in ((student, True), (teacher, False)):
+    for writer, wanted in ((student, True), (off_policy, False)):
         places = [i for i, is_student in enumerate(by_student) if is_student == wanted]
         if not places:
             continue
         assert writer is not None, "a writer is missing: preflight should have started its server"
         generations = writer.generate(
-            [prompts[expanded[i]] for i in places], sampling=request.sampling, seeds=[seeds[i] for i in places]
+            [prompts[expanded[i]] for i in places], sampling=request.sampling, seeds=[seeds[wanted][i] for i in places]
         )
         for i, generation in zip(places, generations, strict=True):
             rollouts[i] = Rollout(
@@ -116,6 +125,35 @@ def collect_rollouts(
                 stop_reason=generation.stop_reason,
             )
     return [rollout for rollout in rollouts if rollout is not None]
+
+
+class DataWriter:
+    """Writes the data's own solutions, in the place of a model: teacher prefixes that cost nothing."""
+
+    def __init__(self, solutions: Mapping[tuple[int, ...], Sequence[int]]) -> None:
+        """Remember the solutions.
+
+        Args:
+            solutions: token ids of a response, stop token included, by those of its prompt.
+        """
+        self._solutions = solutions
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], /, *, sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Generation]:
+        """Each prompt's solution, cut at the horizon."""
+        return [self._write(self._solutions[tuple(prompt)], sampling.max_new_tokens) for prompt in prompts]
+
+    def _write(self, solution: Sequence[int], max_new_tokens: int) -> Generation:
+        response = list(solution[:max_new_tokens])
+        is_whole = len(response) == len(solution)
+        return Generation(
+            response_ids=response,
+            sampler_logprobs=np.full(len(response), np.nan, np.float32),
+            stop_reason="stop" if is_whole else "length",
+            stop_token_id=response[-1] if is_whole else None,
+            weight_version="-1",
+        )
 
 
 def score_rollouts(rollouts: Sequence[Rollout], teacher: Teacher | None, max_missing_frac: float) -> list[Sample]:
@@ -158,20 +196,39 @@ def student_writes(place: int, student_prefix_frac: float) -> bool:
     return int((place + 1) * student_prefix_frac + 1e-9) > int(place * student_prefix_frac + 1e-9)
 
 
-def rollout_sums(samples: Sequence[Sample], step: int, in_process_teacher: bool) -> Sums:
-    """(sum, count) of everything that rollouts alone tell; see ``metrics`` for the meanings."""
+def rollout_sums(samples: Sequence[Sample], step: int, teacher_scores: bool) -> Sums:
+    """(sum, count) of everything that rollouts alone tell; see ``metrics`` for the meanings.
+
+    Args:
+        samples: of one replica.
+        step: 0-based.
+        teacher_scores: whether a teacher was asked for scores, so that some can be missing.
+    """
     rollouts = [sample.rollout for sample in samples]
     count = float(len(rollouts))
     own = [rollout for rollout in rollouts if rollout.weight_version >= 0]
-    missing = 0 if in_process_teacher else sum(sample.teacher is None for sample in samples)
-    return {
+    missing = sum(sample.teacher is None for sample in samples)
+    rewards = [sample.reward for sample in samples if not np.isnan(sample.reward)]
+    sums: Sums = {
+        "reward": (float(sum(rewards)), float(len(rewards))),
+        "zero_signal_frac": _zero_signal(samples),
         "response_tokens": (float(sum(len(r.response_ids) for r in rollouts)), count),
         "truncated_frac": (float(sum(r.stop_reason == "length" for r in rollouts)), count),
         "repetition_frac": (float(sum(is_repetitive(r.response_ids) for r in rollouts)), count),
         "student_prefix_frac": (float(len(own)), count),
-        "missing_teacher_frac": (float(missing), count),
+        "missing_teacher_frac": (float(missing), count if teacher_scores else 0.0),
         "staleness_steps": (float(sum(step - r.weight_version for r in own)), float(len(own))),
     }
+    return sums
+
+
+def _zero_signal(samples: Sequence[Sample]) -> tuple[float, float]:
+    """(number, of) prompts whose responses all got the same reward."""
+    groups: dict[int, set[float]] = {}
+    for sample in samples:
+        if not np.isnan(sample.reward):
+            groups.setdefault(sample.rollout.prompt_index, set()).add(sample.reward)
+    return float(sum(len(rewards) == 1 for rewards in groups.values())), float(len(groups))
 
 
 def is_repetitive(response_ids: Sequence[int]) -> bool:

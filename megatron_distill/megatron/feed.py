@@ -10,10 +10,11 @@ so that a pipeline's stages may ask at different times.
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
-from megatron_distill.batches import Sample, build_micro_batches, num_scored_tokens
+from megatron_distill.batches import Sample, build_micro_batches, num_scored_tokens, num_sft_tokens, policy_weight_sum
 from megatron_distill.collector import Collected
 from megatron_distill.megatron.forward_step import StepBatch
 from megatron_distill.megatron.ranks import Ranks
@@ -28,11 +29,11 @@ class StepFeed:
     def __init__(
         self,
         ranks: Ranks,
-        collect: Callable[[int, Share], Collected],
+        collect: Callable[[int, Share, int], Collected],
         *,
         micro_batch_rollouts: int,
         reverse_kl_weight: Callable[[int], float],
-        in_process_teacher: bool,
+        scoring: Literal["server", "in_process", "none"],
         pad_multiple: int,
         device: torch.device,
     ) -> None:
@@ -40,7 +41,7 @@ class StepFeed:
 
         Args:
             ranks: of this process.
-            collect: (step, share) -> samples; runs on leaders only.
+            collect: (step, share, horizon in tokens) -> samples; runs on leaders only.
             micro_batch_rollouts: rollouts of a micro-batch.
             reverse_kl_weight: of a step.
             in_process_teacher: every response token is scored by the teacher beside the student.
@@ -51,12 +52,12 @@ class StepFeed:
         self._collect = collect
         self._micro_batch_rollouts = micro_batch_rollouts
         self._reverse_kl_weight = reverse_kl_weight
-        self._in_process_teacher = in_process_teacher
+        self._scoring = scoring
         self._pad_multiple = pad_multiple
         self._device = device
         self._queue: deque[StepBatch] = deque()
 
-    def prepare(self, step: int) -> tuple[Sums, dict[str, float]]:
+    def prepare(self, step: int, horizon_tokens: int) -> tuple[Sums, dict[str, float]]:
         """Collect, share and pack everything that ``step`` needs. Collective over all ranks.
 
         Returns:
@@ -64,32 +65,34 @@ class StepFeed:
         """
         ranks = self._ranks
         share = Share(ranks.dp_rank, ranks.dp_size)
-        collected: Collected = ranks.from_leader(lambda: self._collect(step, share))
+        collected: Collected = ranks.from_leader(lambda: self._collect(step, share, horizon_tokens))
         samples = collected.samples
         mine = self._facts(samples, step) if ranks.is_leader else None
         facts = [fact for fact in ranks.gather(mine) if fact is not None]
-        plan = StepPlan(
-            step=step,
-            reverse_kl_weight=self._reverse_kl_weight(step),
-            num_response_tokens=sum(num_tokens for num_tokens, _, _ in facts),
-            num_scored_tokens=sum(num_scored for _, num_scored, _ in facts),
-        )
+        counts = [sum(values) for values in zip(*(counts for counts, _ in facts), strict=True)]
+        plan = StepPlan(step, self._reverse_kl_weight(step), *counts)
         batches = build_micro_batches(
             samples,
             self._micro_batch_rollouts,
-            in_process_teacher=self._in_process_teacher,
+            step=step,
+            in_process_teacher=self._scoring == "in_process",
             pad_multiple=self._pad_multiple,
         )
         self._queue = deque(StepBatch(batch.to(self._device), plan) for batch in batches)
-        sums = add_sums(sums for _, _, sums in facts)
+        sums = add_sums(sums for _, sums in facts)
         sums["scored_tokens"] = (float(plan.num_scored_tokens), 1.0)
         sums["reverse_kl_weight"] = (plan.reverse_kl_weight, 1.0)
         return sums, collected.seconds
 
-    def _facts(self, samples: Sequence[Sample], step: int) -> tuple[int, int, Sums]:
-        num_tokens = sum(len(sample.rollout.response_ids) for sample in samples)
-        num_scored = num_scored_tokens(samples, self._in_process_teacher)
-        return num_tokens, num_scored, rollout_sums(samples, step, self._in_process_teacher)
+    def _facts(self, samples: Sequence[Sample], step: int) -> tuple[tuple[float, ...], Sums]:
+        """This replica's part of the plan's denominators, in ``StepPlan``'s order, and of the rollouts' metrics."""
+        counts = (
+            sum(len(sample.rollout.response_ids) for sample in samples),
+            num_scored_tokens(samples, self._scoring == "in_process"),
+            num_sft_tokens(samples),
+            policy_weight_sum(samples),
+        )
+        return counts, rollout_sums(samples, step, self._scoring == "server")
 
     def __iter__(self) -> "StepFeed":
         return self

@@ -15,8 +15,8 @@ import torch
 from megatron_distill.batches import MicroBatch
 from megatron_distill.objective import Objective, StepPlan
 
-TeacherLogits = Callable[[MicroBatch], torch.Tensor]
-"""Logits [T, V/tp] of a teacher that runs beside the student, for the batch's response tokens."""
+FrozenLogits = Callable[[MicroBatch], torch.Tensor]
+"""Logits [T, V/tp] of a model that runs beside the student without learning, for the batch's response tokens."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,11 @@ def response_logits(logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
 
 
 def make_forward_step(
-    objective: Objective, *, packed_kernels: bool, teacher_logits: TeacherLogits | None = None
+    objective: Objective,
+    *,
+    packed_kernels: bool,
+    teacher_logits: FrozenLogits | None = None,
+    reference_logits: FrozenLogits | None = None,
 ) -> Callable[[Iterator[StepBatch], Any], tuple[torch.Tensor, Callable[[torch.Tensor], Any]]]:
     """Build the ``forward_step`` of a run.
 
@@ -66,6 +70,7 @@ def make_forward_step(
         objective: turns response logits into a loss and metrics.
         packed_kernels: see ``run_model``.
         teacher_logits: the in-process teacher; None if scores travel with the batch.
+        reference_logits: RL's reference model; None without one.
 
     Returns:
         A function of (data_iterator, model) for Megatron's schedules. Its loss function returns, as
@@ -81,7 +86,8 @@ def make_forward_step(
 
         def loss_function(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             teacher = teacher_logits(batch) if teacher_logits is not None else None
-            total, report = objective(response_logits(logits, batch), batch, plan, teacher)
+            reference = reference_logits(batch) if reference_logits is not None else None
+            total, report = objective(response_logits(logits, batch), batch, plan, teacher, reference)
             num_tokens = torch.tensor(batch.target_ids_T.numel(), dtype=torch.int, device=logits.device)
             return total, num_tokens, report
 

@@ -23,6 +23,7 @@ from megatron_distill.collector import Collector
 from megatron_distill.config import RunConfig
 from megatron_distill.convert.hf_config import HfConfig
 from megatron_distill.convert.live import load_hf_weights, save_hf
+from megatron_distill.curriculum import Measurement, make_curriculum
 from megatron_distill.megatron import cpu_backend
 from megatron_distill.megatron.arguments import ROW_MULTIPLE, student_padded_vocab_size
 from megatron_distill.megatron.feed import StepFeed
@@ -33,7 +34,7 @@ from megatron_distill.megatron.model import build_gpt_model
 from megatron_distill.megatron.ranks import Ranks, find_ranks
 from megatron_distill.metrics import Sums, add_sums, check_declared, means
 from megatron_distill.objective import Objective
-from megatron_distill.run_folder import RunFolder, append
+from megatron_distill.run_folder import RunFolder, append, read_lines
 from megatron_distill.vocabulary import Vocabulary
 
 
@@ -56,7 +57,7 @@ class Session:
         self.hf_config = HfConfig.from_dir(config.student.path)
         self.packed_kernels = not cpu_backend.is_cpu()
         self._chunks: list[Any] = []
-        self._teacher: InProcessTeacher | None = None
+        self._curriculum = make_curriculum(config.curriculum, config.num_steps)
         self._objective: Objective | None = None
         self._forward_step: Any = None
         self._step = 0
@@ -103,34 +104,36 @@ class Session:
         self._tap = ScalarTap()
         if self.ranks.is_reporter:
             global_vars._GLOBAL_TENSORBOARD_WRITER = self._tap
-        teacher_config = self.config.teacher
-        if teacher_config.transport == "in_process":
-            self._teacher = InProcessTeacher(
-                teacher_config.path,
-                padded_vocab_size=student_padded_vocab_size(self.config, self.hf_config),
-                packed_kernels=self.packed_kernels,
-                device=device,
-            )
+        config = self.config
+        in_process = config.teacher.transport == "in_process" and config.distill.weight > 0
+        teacher = self._frozen(config.teacher.path, device) if in_process else None
+        reference = self._frozen(config.student.path, device) if config.rl.reference_kl_coef else None
         self._objective = Objective(
-            distill_weight=self.config.distill.weight,
-            temperature=self.config.distill.temperature,
-            tail=teacher_config.tail,
+            distill=config.distill,
+            sft=config.sft,
+            rl=config.rl,
+            tail=config.teacher.tail,
             stop_token_ids=self.vocabulary.stop_token_ids,
             vocab_size=self.vocabulary.size,
-            tp_group=mpu.get_tensor_model_parallel_group() if self.config.student.tp > 1 else None,
+            sampling_temperature=config.rollouts.temperature,
+            tp_group=mpu.get_tensor_model_parallel_group() if config.student.tp > 1 else None,
         )
         self._forward_step = make_forward_step(
-            self._objective, packed_kernels=self.packed_kernels, teacher_logits=self._teacher
+            self._objective,
+            packed_kernels=self.packed_kernels,
+            teacher_logits=teacher,
+            reference_logits=reference,
         )
         self.feed = StepFeed(
             self.ranks,
-            lambda step, share: self._on_leader().collect(step, share, self._horizon_tokens(step)),
-            micro_batch_rollouts=self.config.micro_batch_rollouts,
-            reverse_kl_weight=self.config.distill.reverse_kl_weight.at,
-            in_process_teacher=self._teacher is not None,
-            pad_multiple=max(ROW_MULTIPLE, self.config.student.tp),
+            lambda step, share, horizon_tokens: self._on_leader().collect(step, share, horizon_tokens),
+            micro_batch_rollouts=config.micro_batch_rollouts,
+            reverse_kl_weight=config.distill.reverse_kl_weight.at,
+            scoring="in_process" if in_process else "server" if config.distill.weight else "none",
+            pad_multiple=max(ROW_MULTIPLE, config.student.tp),
             device=device,
         )
+        self._curriculum.replay(read_lines(self.folder.curriculum), self._step)
         self.ranks.from_leader(lambda: self._on_leader().wait_ready(self._say))
         if self._step:
             self._sync(force=True)  # the servers came up with the weights the run began with
@@ -153,13 +156,16 @@ class Session:
         self._step += 1
         seconds = self._seconds | {"train_s": time.perf_counter() - self._prepared}
         evaluate = self._is_evaluation_due()
-        if evaluate or (self._step < self.config.num_steps and self._samples_student(self._step)):
+        measure = self._step < self.config.num_steps and self._curriculum.is_due(self._step)
+        if evaluate or measure or self._is_sync_due():
             began = time.perf_counter()
             self._sync()
             seconds["sync_s"] = time.perf_counter() - began
         self._report(seconds)
         if evaluate:
             self._evaluate()
+        if measure:
+            self._decide()
         self._began = time.perf_counter()
         if self._step < self.config.num_steps:
             self._prepare()
@@ -183,18 +189,31 @@ class Session:
         if self.ranks.rank == 0:
             self.folder.event("trainer", text)
 
-    def _horizon_tokens(self, step: int) -> int:
-        return int(self.config.curriculum.horizon_tokens.at(step))
+    def _frozen(self, path: str, device: torch.device) -> InProcessTeacher:
+        return InProcessTeacher(
+            path,
+            padded_vocab_size=student_padded_vocab_size(self.config, self.hf_config),
+            packed_kernels=self.packed_kernels,
+            device=device,
+        )
 
-    def _samples_student(self, step: int) -> bool:
-        return self.config.rollouts.student_prefix_frac.at(step) > 0
+    def _is_sync_due(self) -> bool:
+        """Whether the next step samples from the student, with weights that may not be older than these."""
+        rollouts = self.config.rollouts
+        is_last = self._step >= self.config.num_steps
+        return (
+            not is_last
+            and self._step % rollouts.sync_every_steps == 0
+            and rollouts.student_prefix_frac.at(self._step) > 0
+        )
 
     def _is_evaluation_due(self) -> bool:
         every = self.config.evaluation.every_steps
         return self._step == self.config.num_steps or bool(every and self._step % every == 0)
 
     def _prepare(self) -> None:
-        self._rollout_sums, self._seconds = self.feed.prepare(self._step)
+        self._horizon_tokens = self._curriculum.horizon_tokens(self._step)
+        self._rollout_sums, self._seconds = self.feed.prepare(self._step, self._horizon_tokens)
         self._prepared = time.perf_counter()
 
     def _sync(self, force: bool = False) -> None:
@@ -224,6 +243,22 @@ class Session:
 
         self.ranks.from_leader(work)
 
+    def _decide(self) -> None:
+        """The curriculum's decision at the end of a stage: measured on one rank, made alike on all."""
+
+        def measure() -> Measurement | None:
+            if self.ranks.rank != 0:
+                return None
+            self._say(f"measuring held-out entropy at step {self._step}")
+            return self._on_leader().measure()
+
+        own = self.ranks.from_leader(measure)
+        measurement = self.ranks.gather(own)[0]  # rank 0 leads replica 0, which is the one that measured
+        decision = self._curriculum.decide(self._step, measurement)
+        if self.ranks.rank == 0:
+            append(self.folder.curriculum, decision.to_record())
+            self._say(decision.line())
+
     def _report(self, seconds: dict[str, float]) -> None:
         """Add up the step's metrics over all ranks; the reporter writes them."""
         assert self._objective is not None
@@ -234,9 +269,8 @@ class Session:
         slowest = self._slowest(seconds)
         if not self.ranks.is_reporter:
             return
-        horizon = float(self._horizon_tokens(self._step - 1))
         record = {"step": float(self._step)} | means(add_sums(every)) | means(self._rollout_sums)
-        record |= {"horizon_tokens": horizon} | self._tap.take() | slowest
+        record |= {"horizon_tokens": float(self._horizon_tokens)} | self._tap.take() | slowest
         record["step_s"] = time.perf_counter() - self._began
         record["tokens_per_s"] = self._rollout_sums["response_tokens"][0] / record["step_s"]
         check_declared(record)

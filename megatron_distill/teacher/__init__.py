@@ -2,7 +2,8 @@
 
 ``sglang_topk``: a server scores the finished response; its top-k log-probs travel with the batch (``SGLangTopKTeacher``).
 ``in_process``: Megatron holds the teacher beside the student, with the same sharding; full-vocabulary logits are made in
-the forward step (``megatron_distill.megatron.in_process_teacher``).
+the forward step (``megatron_distill.megatron.in_process_teacher``). ``CachedTeacher`` and ``CachedWriter`` keep what a
+teacher's server said on disk, keyed by the tokens.
 
 What a server said can be kept on disk, whoever asks again (``CachedTeacher``, ``CachedWriter``).
 """
