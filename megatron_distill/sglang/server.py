@@ -122,8 +122,9 @@ def command(spec: ServerSpec, python: str = sys.executable) -> ServerCommand:
     env: dict[str, str] = {}
     if spec.device == "cpu":
         argv += ["--attention-backend", "torch_native", "--disable-overlap-schedule"]
-        # SGLang sizes its cache by free memory, of which a CPU server should take little: 32768 tokens of a small model.
-        argv += ["--mem-fraction-static", "0.1", "--max-total-tokens", "32768"]
+        # The token cap sizes the cache. The fraction only bounds it, by the *machine's* free memory: a low one ends the start
+        # as soon as other processes take that share while the model loads (0.1 did so beside a loading trainer).
+        argv += ["--mem-fraction-static", "0.8", "--max-total-tokens", "32768"]
         env |= CPU_SERVER_ENV | {"OMP_NUM_THREADS": str(spec.cpu_threads)}
         if spec.tp > 1:  # one core a rank; SGLang otherwise asks for as many NUMA nodes as ranks
             env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(spec.tp))

@@ -75,6 +75,13 @@ def test_gpu_command_has_nothing_of_the_cpu() -> None:
     assert not {"torch_native", "--max-total-tokens", "--disable-overlap-schedule"} & set(on_gpu.argv)
 
 
+def test_cpu_server_leaves_room_for_its_neighbours() -> None:
+    """A CPU server's cache is sized in tokens, and its start survives neighbours that take half the machine's memory."""
+    argv = command(SPEC).argv
+    assert "--max-total-tokens" in argv
+    assert float(argv[argv.index("--mem-fraction-static") + 1]) > 0.5
+
+
 def test_seeds_are_an_option() -> None:
     """Seeds are honoured by default, since rollouts must be repeatable; they can be given up for speed."""
     assert "--enable-deterministic-inference" in command(SPEC).argv
