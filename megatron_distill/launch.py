@@ -12,6 +12,7 @@ record in ``errors/``.
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,16 @@ def import_nemo_run(folder: RunFolder) -> Any:
 
 @contextlib.contextmanager
 def quiet(log: Path) -> Iterator[None]:
-    """NeMo-Run's own output goes to a log: the console shows the run, not its launcher."""
-    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        yield
+    """NeMo-Run's own output goes to a log, since the console shows the run, and what is typed stays with the shell."""
+    stdin = sys.stdin
+    with (
+        log.open("a") as file,
+        open(os.devnull) as nothing,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        sys.stdin = nothing  # the commands it runs would read ours
+        try:
+            yield
+        finally:
+            sys.stdin = stdin

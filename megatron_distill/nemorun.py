@@ -35,7 +35,7 @@ def _exit_with(code: int) -> None:
 
 
 def _register(name: str) -> None:
-    def factory() -> run.Partial:  # type: ignore[type-arg]
+    def factory() -> run.Partial:
         return run.Partial(train, recipe=name)
 
     run.cli.factory(factory, target=train, name=name.replace(".", "_"))

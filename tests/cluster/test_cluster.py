@@ -1,0 +1,184 @@
+"""Layout on nodes and the scripts of a Slurm job; nothing here needs Slurm or a GPU."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_distill import cluster
+from megatron_distill.cluster import ClusterProfile, Group, groups_of, task_script
+from megatron_distill.config import RunConfig, ServersConfig, StudentConfig
+from megatron_distill.errors import ConfigError, DistillError
+from megatron_distill.launch import require_success
+from megatron_distill.run_folder import RunFolder, write_json
+from recipes import clusters, qwen3, tiny
+
+GOLDEN = Path(__file__).parent / "golden"
+H100 = clusters.example_h100()
+
+
+def config_of(tp: int = 1, dp: int = 1, **servers: int) -> RunConfig:
+    return RunConfig(student=StudentConfig(tp=tp, dp=dp), servers=ServersConfig(**servers))
+
+
+# --- layout -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_fits_one_gpu_node_is_one_node():
+    assert groups_of(config_of(dp=4, student_replicas=2, teacher_replicas=2), H100) == [Group("run", 1, 1, 8)]
+
+
+def test_larger_runs_get_groups_of_nodes_with_the_trainer_first():
+    """16 ranks on two nodes; eight one-GPU servers on one; three two-GPU servers on one, not spread over more."""
+    groups = groups_of(config_of(tp=4, dp=4, student_replicas=8, teacher_replicas=3, teacher_tp=2), H100)
+    assert groups == [Group("trainer", 2, 1, 8), Group("student", 1, 8, 1), Group("teacher", 1, 3, 2)]
+
+
+def test_cpu_nodes_carry_as_many_ranks_and_servers_as_the_profile_says():
+    lab = clusters.lab()
+    assert groups_of(config_of(tp=2), lab) == [
+        Group("trainer", 2, 1, 1),
+        Group("student", 1, 1, 1),
+        Group("teacher", 1, 1, 1),
+    ]
+    wide = replace(lab, tasks_per_cpu_node=2)
+    assert groups_of(config_of(tp=2), wide)[0] == Group("trainer", 1, 1, 2)
+
+
+@pytest.mark.parametrize("replicas", range(1, 40))
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_every_layout_places_each_server_once_and_overfills_no_node(replicas: int, tp: int):
+    """For any number of servers: all are placed within the nodes' GPUs, or the error names a number that can be."""
+    config = config_of(dp=16, student_replicas=replicas, student_tp=tp)
+    try:
+        group = groups_of(config, H100)[1]
+    except ConfigError as error:
+        remedy = int(re.search(r"Set it to (\d+)", str(error))[1])
+        assert remedy > replicas
+        group = groups_of(config_of(dp=16, student_replicas=remedy, student_tp=tp), H100)[1]
+        replicas = remedy
+    assert group.num_nodes * group.tasks_per_node == replicas
+    assert group.tasks_per_node * group.slots_per_task <= H100.gpus_per_node
+
+
+def test_what_does_not_divide_into_nodes_is_refused_all_at_once():
+    with pytest.raises(ConfigError) as caught:
+        groups_of(config_of(dp=12, student_replicas=9, teacher_tp=16), H100)
+    for where in ("student.tp*pp*dp = 12", "servers.student_replicas = 9", "servers.teacher_tp = 16"):
+        assert where in str(caught.value)
+
+
+# --- scripts ----------------------------------------------------------------------------------------------------------
+
+
+def test_secrets_do_not_enter_a_profile():
+    """Job scripts are readable files, so a variable that looks like a secret is refused, and its value is not repeated."""
+    with pytest.raises(ConfigError, match="HF_TOKEN") as caught:
+        replace(H100, env={"HF_TOKEN": "hf_0123456789", "NCCL_DEBUG": "WARN"})
+    assert "hf_0123456789" not in str(caught.value)
+
+
+@pytest.mark.parametrize("role", ["run", "trainer", "student", "teacher"])
+def test_scripts_are_sound_bash_with_awkward_values(role: str, tmp_path: Path):
+    """Quotes, blanks and dollars in paths and values reach the role unchanged: a stand-in for Python prints them."""
+    folder = RunFolder(tmp_path / "it's a run")
+    folder.create()
+    fake_python = tmp_path / "python"
+    fake_python.write_text('#!/bin/bash\nprintf "%s\\n" "$AWKWARD" "$@"\n')
+    fake_python.chmod(0o755)
+    profile = replace(H100, python=str(fake_python), env={"AWKWARD": "a \"$HOME\" 'b'"}, setup=("true",))
+    script = task_script(Group(role, 2, 2, 2), profile, folder)
+    environment = os.environ | {
+        "SLURM_NODEID": "1", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "TRAINER_HOST": "n1", "TRAINER_PORT": "20001"
+    }  # fmt: skip
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.returncode == (1 if role in ("student", "teacher") else 0)  # a server must not end
+    [log] = folder.logs.glob("*.out")
+    said = log.read_text().splitlines()
+    assert said[0] == "a \"$HOME\" 'b'"
+    assert str(folder.root) in said
+    if role == "trainer":
+        assert {"--node-rank=1", "--master-addr=n1", "--master-port=20001", "--nnodes=2"} <= set(said)
+
+
+def test_each_server_of_a_node_gets_gpus_of_its_own(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    folder.create()
+    fake_python = tmp_path / "python"
+    fake_python.write_text('#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES"\n')
+    fake_python.chmod(0o755)
+    script = task_script(Group("teacher", 1, 4, 2), replace(H100, python=str(fake_python)), folder)
+    for local in range(4):
+        environment = os.environ | {"SLURM_PROCID": str(local), "SLURM_LOCALID": str(local)}
+        subprocess.run(["bash", "-c", script], env=environment, check=False)
+    seen = [(folder.logs / f"teacher-{index}.out").read_text().strip() for index in range(4)]
+    assert seen == ["0,1", "2,3", "4,5", "6,7"]
+
+
+def plain(text: str, folder: RunFolder) -> str:
+    """A script without what differs from one machine, or one dry run, to the next."""
+    text = re.sub(r"run_\d{10,}", "run_ID", text)
+    return text.replace(str(folder.root), "/RUN").replace(os.getcwd(), "/CWD").replace(sys.executable, "python")
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "profile"),
+    [
+        ("lab", tiny.quickstart(), clusters.lab()),
+        ("one_node", qwen3.b06_from_4b_1x8_4096(), H100),
+        ("four_nodes", qwen3.b8_from_32b_4x8_4096(), H100),
+    ],
+)
+def test_the_generated_job_is_the_golden_one(name: str, config: RunConfig, profile: ClusterProfile, tmp_path: Path):
+    """The whole job as it would be submitted, container or not. After a wanted change: GOLDEN=write pytest tests/cluster."""
+    folder = RunFolder(tmp_path)
+    profile = replace(profile, python="python")
+    scripts = cluster.dry_run(config, profile, folder)
+    for script in scripts.values():
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    text = "\n".join(f"# === {file} ===\n{plain(script, folder)}" for file, script in scripts.items())
+    golden = GOLDEN / f"{name}.sh"
+    if os.environ.get("GOLDEN") == "write":
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+# --- the verdict ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_judged_by_its_folder(tmp_path: Path):
+    """A result counts even if Slurm calls the job failed (a server may die at the very end); else the first cause does."""
+    folder = RunFolder(tmp_path)
+    folder.create()
+    with pytest.raises(DistillError, match="Slurm job 7 = COMPLETED"):
+        require_success(folder, "Slurm job 7 = COMPLETED")
+    write_json(folder.errors / "trainer-0.json", {"time": 2.0, "role": "trainer-0", "message": "lost a server"})
+    write_json(folder.errors / "student-0.json", {"time": 1.0, "role": "student-server-0", "message": "out of memory"})
+    with pytest.raises(DistillError, match="student-server-0 failed: out of memory"):
+        require_success(folder, "Slurm job 7 = FAILED")
+    write_json(folder.finished, {"step": 3})
+    require_success(folder, "Slurm job 7 = FAILED")
+
+
+@pytest.mark.parametrize(
+    ("state", "ended"),
+    [("COMPLETED", True), ("CANCELLED by 0", True), ("TIMEOUT", True), ("PENDING", False), ("REQUEUED", False),
+     ("COMPLETING", False), ("UNKNOWN", False)],
+)  # fmt: skip
+def test_requeued_and_unknown_jobs_have_not_ended(state: str, ended: bool):
+    assert cluster.has_ended(state) is ended
+
+
+def test_a_profile_is_found_by_name_or_file(tmp_path: Path):
+    assert cluster.load_profile("lab").name == "lab"
+    file = tmp_path / "mine.py"
+    file.write_text("from megatron_distill.cluster import ClusterProfile\nfrom recipes import clusters\n"
+                    "def here() -> ClusterProfile:\n    return clusters.lab()\n")  # fmt: skip
+    assert cluster.load_profile(f"{file}:here").name == "lab"
+    with pytest.raises(ConfigError, match="example_h100"):
+        cluster.load_profile("labb")
