@@ -205,8 +205,11 @@ class MegatronCheckpoint:
         try:
             with file.open("rb") as stream:
                 stream.seek(storage.offset)
-                return torch.load(io.BytesIO(stream.read(storage.length)), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                data = stream.read(storage.length)
+            if len(data) < storage.length:
+                raise EOFError(f"{storage.length - len(data)} bytes short")
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"{file}: {key} cannot be read ({error}). The file is missing, truncated or corrupt. Copy it again."
             ) from error

@@ -109,13 +109,15 @@ def _tokenize(text: str, directory: Path) -> Tensor:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+        tokens = transformers.AutoTokenizer.from_pretrained(directory)(text).input_ids
+    except (OSError, ValueError):
+        tokens = []
+    if not tokens:  # transformers 5 makes an empty tokenizer of a directory that has none
         raise CheckpointError(
-            f"{directory}: no usable tokenizer ({error}). --logits needs one to read the text. Copy the tokenizer files "
-            "there, or compare tensors only."
-        ) from error
-    return tokenizer(text, return_tensors="pt").input_ids
+            f"{directory}: no tokenizer that makes tokens of the text {text!r}. --logits needs one. Copy the tokenizer "
+            "files there, or compare tensors only."
+        )
+    return torch.tensor([tokens])
 
 
 def _open_tensors(path: str | Path, hf_dir: str | Path | None) -> tuple[HfConfig, Iterator[tuple[str, Tensor]]]:
