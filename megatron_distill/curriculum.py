@@ -64,7 +64,8 @@ class Gate:
     """One condition of a decision, with its verdict.
 
     Attributes:
-        name: what is compared, with its unit.
+        name: what is compared, as in the config's ``min_`` and ``max_`` fields; ``entropy_frac`` is the share of the highest
+            entropy so far.
         measured: the value.
         comparison: how ``measured`` must stand to ``bound``.
         bound: the threshold that applied.
@@ -224,9 +225,6 @@ class EntropyGatedCurriculum:
     def replay(self, records: Iterable[Mapping[str, Any]], step: int) -> None:
         """Make the recorded decisions up to ``step`` again.
 
-        A run that resumed from a checkpoint before some of its decisions made these again, and appended them. So a record
-        voids every record before it in the file whose step is not smaller.
-
         Args:
             records: lines of ``curriculum.jsonl``, in file order.
             step: optimizer steps behind the checkpoint that the run resumes from; later records are left out.
@@ -234,12 +232,8 @@ class EntropyGatedCurriculum:
         Raises:
             DataError: a record that this config would not have led to.
         """
-        valid: list[Mapping[str, Any]] = []
-        for record in records:
-            valid = [kept for kept in valid if kept["step"] < record["step"]]
-            valid.append(record)
         self._decisions = []
-        for record in valid:
+        for record in valid_records(records):
             if record["step"] > step:
                 break
             measured = {name: math.nan if value is None else value for name, value in record["measurement"].items()}
@@ -252,18 +246,20 @@ class EntropyGatedCurriculum:
                 )
 
     def _gates(self, measurement: Measurement, highest_entropy_nats: float) -> tuple[Gate, ...]:
-        config, entropy = self._config, measurement.entropy_nats
-        relative = config.min_entropy_frac * highest_entropy_nats
-        truncated, repeated = measurement.truncated_frac, measurement.repetition_frac
+        config = self._config
+        entropy_frac = measurement.entropy_nats / highest_entropy_nats if highest_entropy_nats > 0 else 1.0
+
+        def at_least(name: str, measured: float, bound: float) -> Gate:
+            return Gate(name, measured, ">=", bound, measured >= bound)
 
         def at_most(name: str, measured: float, bound: float) -> Gate:
             return Gate(name, measured, "<=", bound, measured <= bound)
 
         return (
-            Gate("entropy_nats", entropy, ">=", config.min_entropy_nats, entropy >= config.min_entropy_nats),
-            Gate("entropy_nats against its highest", entropy, ">=", relative, entropy >= relative),
-            at_most("truncated_frac", truncated, config.max_truncated_frac),
-            at_most("repetition_frac", repeated, config.max_repetition_frac),
+            at_least("entropy_nats", measurement.entropy_nats, config.min_entropy_nats),
+            at_least("entropy_frac", entropy_frac, config.min_entropy_frac),
+            at_most("truncated_frac", measurement.truncated_frac, config.max_truncated_frac),
+            at_most("repetition_frac", measurement.repetition_frac, config.max_repetition_frac),
         )
 
     def _verdict(self, gates: tuple[Gate, ...], before_tokens: int) -> tuple[Outcome, int, str]:
@@ -281,6 +277,19 @@ class EntropyGatedCurriculum:
         # The rung below passed its gates, or this one would not have been reached.
         stable_tokens = ladder[max(ladder.index(before_tokens) - 1, 0)]
         return "freeze", stable_tokens, f"{failed}; frozen at the last stable horizon"
+
+
+def valid_records(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines of ``curriculum.jsonl`` that count, in step order.
+
+    A run that resumed from a checkpoint before some of its decisions made these again, and appended them. So a record
+    voids every record before it in the file whose step is not smaller.
+    """
+    valid: list[Mapping[str, Any]] = []
+    for record in records:
+        valid = [kept for kept in valid if kept["step"] < record["step"]]
+        valid.append(record)
+    return valid
 
 
 def _nan_to_none(value: Any) -> Any:

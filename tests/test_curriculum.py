@@ -100,7 +100,7 @@ def test_nothing_is_tested_at_step_0() -> None:
     ("measurement", "gate"),
     [
         (replace(HEALTHY, entropy_nats=0.099), "entropy_nats"),
-        (replace(HEALTHY, entropy_nats=0.14), "entropy_nats against its highest"),
+        (replace(HEALTHY, entropy_nats=0.14), "entropy_frac"),
         (replace(HEALTHY, truncated_frac=0.51), "truncated_frac"),
         (replace(HEALTHY, repetition_frac=0.11), "repetition_frac"),
     ],
