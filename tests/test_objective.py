@@ -1,0 +1,201 @@
+"""Batches and objective: packing, micro-batches and components cannot change what is minimised."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_distill.advantages import with_advantages
+from megatron_distill.batches import (
+    MicroBatch,
+    Sample,
+    build_micro_batches,
+    num_scored_tokens,
+    num_sft_tokens,
+    policy_weight_sum,
+)
+from megatron_distill.config import DistillConfig, RlConfig, SftConfig
+from megatron_distill.objective import Objective, StepPlan
+from megatron_distill.types import Rollout, TeacherScores
+
+V, STEP, STOPS = 12, 3, (0, 1)
+
+
+def make_samples(count: int = 8, seed: int = 0) -> list[Sample]:
+    """Rollouts of random lengths: one in four by the teacher, one in five without scores, one stale."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for index in range(count):
+        length = int(rng.integers(1, 9))
+        logits = torch.tensor(rng.normal(size=(length, V)), dtype=torch.float32).log_softmax(-1)
+        top = logits.topk(V, dim=-1)
+        response = rng.integers(0, V, length).tolist()
+        rollout = Rollout(
+            prompt_index=index // 2,
+            prompt_ids=rng.integers(0, V, int(rng.integers(1, 6))).tolist(),
+            response_ids=response,
+            sampler_logprobs=rng.normal(-1, 0.3, length).astype(np.float32),
+            weight_version=-1 if index % 4 == 3 else STEP - (index == 2),
+            stop_reason="stop",
+        )
+        scores = TeacherScores(
+            token_logprobs=logits[torch.arange(length), response].numpy(),
+            topk_ids=top.indices.int().numpy(),
+            topk_logprobs=top.values.numpy(),
+            stop_logprobs=logits[:, list(STOPS)].numpy(),
+        )
+        samples.append(Sample(rollout, None if index % 5 == 4 else scores))
+    return samples
+
+
+def plan_of(samples: list[Sample]) -> StepPlan:
+    return StepPlan(
+        step=STEP,
+        reverse_kl_weight=0.3,
+        num_response_tokens=sum(len(s.rollout.response_ids) for s in samples),
+        num_scored_tokens=num_scored_tokens(samples, in_process_teacher=False),
+        num_sft_tokens=num_sft_tokens(samples),
+        policy_weight_sum=policy_weight_sum(samples),
+    )
+
+
+def objective(distill: float = 1.0, sft: float = 0.0, rl: RlConfig | None = None) -> Objective:
+    return Objective(
+        distill=DistillConfig(weight=distill),
+        sft=SftConfig(weight=sft),
+        rl=rl or RlConfig(),
+        tail="bucket",
+        stop_token_ids=(),
+        vocab_size=V,
+        sampling_temperature=1.0,
+        tp_group=None,
+    )
+
+
+class TableModel(torch.nn.Module):
+    """Logits that depend on a token and the one before it within its sequence: enough to see a packing mistake."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.now = torch.nn.Parameter(torch.randn(V, V))
+        self.before = torch.nn.Parameter(torch.randn(V, V))
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """[R, L, V]; what attention may see decides whether the token before exists."""
+        logits_RLV = self.now[batch.tokens_RL]
+        sees_previous = ~batch.attention_mask[:, 0].diagonal(offset=-1, dim1=1, dim2=2)
+        previous = self.before[batch.tokens_RL[:, :-1]] * sees_previous[..., None]
+        return torch.cat([logits_RLV[:, :1], logits_RLV[:, 1:] + previous], dim=1)
+
+
+def loss_and_gradient(samples: list[Sample], per_micro_batch: int, loss: Objective) -> tuple[float, torch.Tensor]:
+    """A whole step by hand: Megatron adds the micro-batches and divides by the step's response tokens."""
+    model, plan = TableModel(), plan_of(samples)
+    total = torch.zeros(())
+    for batch in build_micro_batches(samples, per_micro_batch, step=STEP, in_process_teacher=False):
+        logits_TV = model(batch).reshape(-1, V)[batch.logits_index_T]
+        part, _ = loss(logits_TV, batch, plan)
+        total = total + part / plan.num_response_tokens
+    total.backward()
+    return float(total), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+RL = RlConfig(weight=0.7, normalisation="token")
+COMPONENTS = {
+    "distil": objective,
+    "sft": lambda: objective(distill=0.0, sft=1.0),
+    "rl": lambda: objective(distill=0.0, rl=RL),
+    "rl by sequence": lambda: objective(distill=0.0, rl=RlConfig(weight=1.0, normalisation="sequence")),
+    "joint": lambda: objective(distill=0.5, sft=0.3, rl=RL),
+}
+
+
+def with_rewards(samples: list[Sample], config: RlConfig) -> list[Sample]:
+    return with_advantages(samples, [float(i % 3 == 0) for i in range(len(samples))], 2, config)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_micro_batches_and_packing_change_nothing(name: str) -> None:
+    """Loss and gradient are the same however a step is cut and packed, for every component and for all together."""
+    samples = with_rewards(make_samples(), COMPONENTS[name]().rl)
+    loss, gradient = loss_and_gradient(samples, len(samples), COMPONENTS[name]())
+    assert gradient.abs().max() > 0
+    for per_micro_batch in (1, 2, 4):
+        other_loss, other_gradient = loss_and_gradient(samples, per_micro_batch, COMPONENTS[name]())
+        assert other_loss == pytest.approx(loss, abs=1e-6)
+        torch.testing.assert_close(other_gradient, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_each_component_has_its_own_denominator() -> None:
+    """A joint loss is the weighted sum of the components' own means: adding one does not dilute another."""
+    samples = with_rewards(make_samples(), RL)
+    parts = [
+        0.5 * loss_and_gradient(samples, 4, objective())[0],
+        0.3 * loss_and_gradient(samples, 4, objective(distill=0.0, sft=1.0))[0],
+        loss_and_gradient(samples, 4, objective(distill=0.0, rl=RL))[0],
+    ]
+    joint, _ = loss_and_gradient(samples, 4, objective(distill=0.5, sft=0.3, rl=RL))
+    assert joint == pytest.approx(sum(parts), abs=1e-6)
+
+
+def test_unscored_samples_do_not_enter_the_distillation_loss() -> None:
+    """Dropping the unscored samples changes neither loss nor gradient: they are masked, not zeros."""
+    samples = make_samples()
+    scored = [sample for sample in samples if sample.teacher is not None]
+    all_loss, all_gradient = loss_and_gradient(samples, 8, objective())
+    loss, gradient = loss_and_gradient(scored, len(scored), objective())
+    assert all_loss == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(all_gradient, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_policy_gradient_against_a_dense_reference() -> None:
+    """Fresh tokens: truncated importance weight times REINFORCE with group-relative advantages, mean over the tokens of
+    groups with signal. Stale tokens: PPO's clipped ratio against the sampler."""
+    samples = with_rewards(make_samples(), RL)
+    _, gradient = loss_and_gradient(samples, 2, objective(distill=0.0, rl=RL))
+    model, total, count = TableModel(), torch.zeros(()), 0
+    for sample in samples:
+        if not sample.policy_weight:
+            continue
+        batch = build_micro_batches([sample], 1, step=STEP, in_process_teacher=False)[0]
+        logprobs = model(batch).reshape(-1, V)[batch.logits_index_T].double().log_softmax(-1)
+        own = logprobs[torch.arange(len(sample.rollout.response_ids)), sample.rollout.response_ids]
+        sampler = torch.tensor(sample.rollout.sampler_logprobs).double()
+        ratio = (own - sampler).exp()
+        if sample.rollout.weight_version < STEP:
+            held = ratio.clamp(1 - RL.clip_low, 1 + RL.clip_high)
+            total = total - torch.minimum(ratio * sample.advantage, held * sample.advantage).sum()
+        else:
+            weight = ratio.detach().clamp(max=RL.max_importance_weight)
+            total = total - (weight * sample.advantage * own).sum()
+        count += len(own)
+    (RL.weight * total / count).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_advantages_are_relative_to_the_group() -> None:
+    """(r - mean) / std within a prompt's group; a group of equal rewards has none and leaves the denominator; samples
+    that the student did not write have no weight."""
+    samples = with_advantages(make_samples(8), [1, 0, 1, 1, 0, 0, 1, 0], 2, RlConfig(weight=1.0))
+    assert [s.advantage for s in samples] == pytest.approx([1, -1, 0, 0, 0, 0, 1, -1])
+    assert [s.policy_weight for s in samples] == [1, 1, 0, 0, 0, 0, 1, 0]
+    unscaled = with_advantages(
+        make_samples(4), [1, 0, 1, 1], 2, RlConfig(advantage_scale="none", drop_zero_signal=False)
+    )
+    assert [s.advantage for s in unscaled] == pytest.approx([0.5, -0.5, 0, 0])
+    assert [s.policy_weight for s in unscaled] == [1, 1, 1, 0]
+
+
+def test_metrics_add_up_over_micro_batches() -> None:
+    """(sum, count) pairs give the same means whatever the cut, and the logged loss is the step's loss."""
+    samples = make_samples()
+    plan, model = plan_of(samples), TableModel()
+    readings = []
+    for per_micro_batch in (2, 8):
+        loss = objective()
+        for batch in build_micro_batches(samples, per_micro_batch, step=STEP, in_process_teacher=False):
+            loss(model(batch).reshape(-1, V)[batch.logits_index_T], batch, plan)
+        readings.append({name: total / count for name, (total, count) in loss.take_sums().items() if count})
+    assert readings[0] == pytest.approx(readings[1], rel=1e-5)
+    assert readings[0]["loss"] == pytest.approx(loss_and_gradient(samples, 8, objective())[0], rel=1e-5)
