@@ -1,0 +1,158 @@
+"""What `plan` promises: exact counts, sound arithmetic, remedies that work, and no heavy import."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_distill import plan as planner
+from megatron_distill.cli import main
+from megatron_distill.cluster import groups_of
+from megatron_distill.config import RunConfig, StudentConfig, problems_of, with_overrides
+from megatron_distill.errors import CheckpointError
+from megatron_distill.recipe import functions_returning
+from recipes import clusters, qwen3, tiny
+
+HERE = Path(__file__).parent
+BIG = functions_returning(qwen3, RunConfig)
+
+
+def models_of(config: RunConfig) -> tuple[planner.HfConfig, planner.HfConfig]:
+    return planner.architecture(config.student.path), planner.architecture(config.teacher.path)
+
+
+# The totals that Hugging Face shows for these checkpoints.
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("Qwen3-0.6B-Base", 596_049_920),
+        ("Qwen3-4B", 4_022_468_096),
+        ("Qwen3-8B", 8_190_735_360),
+        ("Qwen3-32B", 32_762_123_264),
+        ("Qwen3-30B-A3B-Base", 30_532_122_624),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name: str, number: int):
+    assert planner.num_parameters(planner.architecture(f"models/{name}")) == number
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_the_count_of_a_real_checkpoint_is_its_tensors(role: str):
+    """Counted from shapes in config.json, and from the safetensors files."""
+    from megatron_distill.convert.hf_files import HfDirectory
+
+    path = tiny.MODELS / role
+    stored = sum(info.num_bytes // info.dtype.itemsize for info in HfDirectory(path).tensors.values())
+    assert planner.num_parameters(planner.architecture(str(path))) == stored
+
+
+@pytest.mark.parametrize("name", ["Qwen3-0.6B-Base", "Qwen3-8B-Base", "Qwen3-30B-A3B-Base"])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (1, 2), (4, 4)])
+def test_all_ranks_together_hold_the_model(name: str, tp: int, pp: int):
+    """Whole model <= tp * pp * the fullest rank, and no more than twice that for layouts of at most 4 stages."""
+    model = planner.architecture(f"models/{name}")
+    held = tp * pp * planner.rank_parameters(model, tp, pp)
+    assert planner.num_parameters(model) <= held <= 2 * planner.num_parameters(model)
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_every_large_recipe_is_sound_fits_80_gib_and_lies_on_whole_nodes(name: str):
+    config = BIG[name]()
+    assert problems_of(config) == []
+    assert config.name == name
+    result = planner.plan(config, *models_of(config), gpu_gib=80)
+    assert result.trainer_fits
+    assert all(result.server_fits(role, config.max_sequence_tokens) for role in result.servers)
+    profile = clusters.example_h100()
+    nodes = sum(group.num_nodes for group in groups_of(config, profile))
+    assert nodes == int(name.split("_")[3][0])  # NxG in its name
+    assert planner.num_gpus(config) == nodes * profile.gpus_per_node  # none idle
+
+
+@pytest.mark.parametrize("cell", qwen3.SWEEP)
+def test_every_cell_of_the_sweep_is_sound_and_fits_the_same_node(cell: str):
+    config = with_overrides(qwen3.b06_from_4b_1x8_4096(), qwen3.SWEEP[cell])
+    assert planner.num_gpus(config) == 8
+    assert planner.plan(config, *models_of(config), gpu_gib=80).trainer_fits
+
+
+@pytest.mark.parametrize("gpu_gib", [24, 40, 60])
+@pytest.mark.parametrize("name", ["b06_from_8b_1x8_4096", "b8_from_32b_4x8_4096"])
+def test_a_remedy_makes_it_fit(name: str, gpu_gib: float):
+    """Applying the proposed overrides gives a sound config that fits; without need, none is proposed."""
+    config = replace(BIG[name](), micro_batch_rollouts=4)
+    config = replace(config, student=replace(config.student, distributed_optimizer=False))
+    student, teacher = models_of(config)
+    remedy = planner.remedies(config, student, teacher, gpu_gib)
+    if remedy is None:
+        assert not planner.plan(config, student, teacher, gpu_gib).trainer_fits
+        return
+    mended = with_overrides(config, remedy)
+    assert planner.plan(mended, student, teacher, gpu_gib).trainer_fits
+    assert bool(remedy) != planner.plan(config, student, teacher, gpu_gib).trainer_fits
+
+
+def test_memory_moves_the_way_the_settings_say():
+    """The distributed optimizer divides the optimizer by dp, recomputation shrinks activations, smaller micro-batches both
+    activations and logits, tensor parallelism everything."""
+    config = qwen3.b8_from_32b_4x8_4096()
+    student, teacher = models_of(config)
+
+    def parts(*overrides: str) -> dict[str, float]:
+        changed = with_overrides(config, overrides)
+        return {part.name: part.num_bytes for part in planner.plan(changed, student, teacher, 80).trainer}
+
+    before = parts()
+    assert parts("student.distributed_optimizer=false")["optimizer"] == 4 * before["optimizer"]
+    assert parts("student.recompute=true")["activations"] < before["activations"] / 5
+    larger = parts("micro_batch_rollouts=2")
+    assert larger["activations"] == 2 * before["activations"] and larger["logits"] == 2 * before["logits"]
+    wider = parts("student.tp=8")
+    assert all(wider[name] < before[name] for name in before)
+
+
+def test_plan_prints_without_torch_models_or_servers():
+    """The command works on a laptop without the models: shipped shapes stand in, and nothing heavy is imported."""
+    program = (
+        "import sys; from megatron_distill.cli import main; code = main(['plan', 'qwen3.b8_from_32b_4x8_4096']);"
+        "assert not {'torch', 'megatron', 'sglang', 'nemo_run', 'transformers'} & set(sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "8,190,735,360 parameters" in done.stdout and "DOES NOT FIT" not in done.stdout
+
+
+def test_plan_says_what_does_not_fit_and_what_to_type(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "qwen3.b06_from_8b_1x8_4096", "--gpu-gib", "40"]) == 0
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT" in printed and "to fit: student.recompute=true" in printed
+
+
+def test_an_unknown_model_is_an_error_that_names_it():
+    with pytest.raises(CheckpointError, match="models/Nobody-7B"):
+        planner.architecture("models/Nobody-7B")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("dtype", "distributed"), [("fp32", False), ("fp32", True)])
+def test_weights_gradients_and_optimizer_are_what_megatron_allocates(dtype: str, distributed: bool, tmp_path: Path):
+    """Two replicas of the tiny student under Megatron's own optimizer, on CPU: bytes per rank, measured after a step."""
+    config = RunConfig(student=StudentConfig(dp=2, distributed_optimizer=distributed))
+    path = tiny.MODELS / "student"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(HERE / "memory_job.py"), str(path), str(int(distributed)), str(tmp_path / "measured.json")]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    model = planner.architecture(str(path))
+    planned = {part.name: part.num_bytes for part in planner.plan(config, model, model, 80).trainer}
+    assert measured["weights"] == planned["weights"]
+    # Megatron pads its gradient buffer, and with it what the distributed optimizer shards, to a multiple of 64 elements or so.
+    assert measured["gradients"] == pytest.approx(planned["gradients"], rel=0.02)
+    assert measured["optimizer"] == pytest.approx(planned["optimizer"], rel=0.02)

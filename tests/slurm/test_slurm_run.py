@@ -1,0 +1,119 @@
+"""Whole runs as jobs of a real Slurm with emulated nodes: what only a scheduler can prove. Minutes each."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab import SlurmLab, install
+
+from megatron_distill.run_folder import RunFolder, read_json, read_lines
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
+
+PROFILES = '''
+from dataclasses import replace
+from megatron_distill.cluster import ClusterProfile
+from recipes import clusters
+
+def cpu_nodes() -> ClusterProfile:
+    return clusters.lab()
+
+def gpu_node() -> ClusterProfile:
+    """Nodes that say they have 4 GPUs, so that the run fits one of them; its processes find none and use the CPU."""
+    return replace(clusters.lab(), gpus_per_node=4)
+'''
+SHORT = [
+    "num_steps=4",
+    "rollouts.prompts_per_step=16",
+    "micro_batch_rollouts=8",
+    "curriculum.horizon_tokens=32",
+    "evaluation.num_problems=8",
+    "evaluation.samples_per_problem=1",
+    "evaluation.max_response_tokens=32",
+]
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[SlurmLab]:
+    """Four nodes with four pretended GPUs each; the last line proves that nothing of the lab outlives it."""
+    problem = install()
+    if problem:
+        pytest.fail(problem)
+    with tempfile.TemporaryDirectory(prefix="lab") as short_path:
+        folder = Path(short_path) / "slurm"
+        with SlurmLab(folder, num_nodes=4, gpus_per_node=4) as started:
+            (folder / "profiles.py").write_text(PROFILES)
+            yield started
+        assert processes_naming(str(folder)) == []
+
+
+def processes_naming(text: str) -> list[str]:
+    """Command lines of the running processes that contain ``text``, this one's aside."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        if path.parent.name != str(os.getpid()) and path.exists():
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in lines if text in line]
+
+
+def launch(lab: SlurmLab, profile: str, folder: RunFolder, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "megatron_distill.cli", "launch", "tiny.quickstart", *SHORT, *overrides]
+    command += ["--cluster", f"{lab.folder / 'profiles.py'}:{profile}", "--run-dir", str(folder.root)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=os.environ | lab.env, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+
+
+def test_a_job_warned_of_its_end_saves_is_requeued_and_finishes(lab: SlurmLab, tmp_path: Path):
+    """Two trainer nodes (tp 2), a student and a teacher server; the signal that Slurm sends before the time limit comes
+    after the first step. The job goes on in its second start from the step it saved, and launch follows it to the end."""
+    folder = RunFolder(tmp_path / "run")
+    process = launch(lab, "cpu_nodes", folder)
+    wait_for(folder.metrics, process)
+    job_id = read_json(folder.root / "launch" / "job.json")["job_id"]
+    lab.slurm("scancel", "--signal=USR1", job_id)  # to the job's steps, not to its batch script: as --signal does
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+
+    assert "Restarts=1" in lab.slurm("scontrol", "show", "job", job_id)
+    assert lab.slurm("sacct", "-n", "-X", "-P", "--format=State", f"--jobs={job_id}").split() == ["COMPLETED"] * 3
+    steps = [record["step"] for record in read_lines(folder.metrics)]
+    assert steps == [1, 2, 3, 4]  # none lost, none twice
+    starts = [event for event in read_lines(folder.events) if event["text"] == "starting"]
+    assert len(starts) == 4  # two servers, twice
+    assert [summary["step"] for summary in folder.evaluations()] == [0, 4]
+    assert (folder.logs / "trainer-0.out").exists() and (folder.logs / "trainer-1.out").exists()
+    assert (folder.hf / "model.safetensors").exists()
+    assert processes_naming(str(folder.root)) == []
+
+
+def test_a_failing_role_ends_the_job_and_its_cause_is_the_last_line(lab: SlurmLab, tmp_path: Path):
+    """A server that cannot start in time ends the trainer too; launch exits with 1 and tells the first cause."""
+    folder = RunFolder(tmp_path / "run")
+    process = launch(lab, "cpu_nodes", folder, "servers.startup_timeout_s=1")
+    output = process.communicate()[0]
+    assert process.returncode == 1
+    assert "did not answer within 1 s" in output
+    assert processes_naming(str(folder.root)) == []
+
+
+def test_a_run_that_fits_one_node_is_a_job_on_one_node(lab: SlurmLab, tmp_path: Path):
+    """Two ranks and two servers on a node that claims four GPUs: the job's only task runs them all."""
+    folder = RunFolder(tmp_path / "run")
+    process = launch(lab, "gpu_node", folder, "num_steps=1")
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    job_id = read_json(folder.root / "launch" / "job.json")["job_id"]
+    assert "NumNodes=1 " in lab.slurm("scontrol", "show", "job", job_id)
+    assert [record["step"] for record in read_lines(folder.metrics)] == [1]
+    assert processes_naming(str(folder.root)) == []
