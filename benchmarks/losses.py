@@ -184,6 +184,10 @@ def run(rank: int, tp: int, port: int, arguments: argparse.Namespace) -> None:
     """One rank: every vocabulary, every variant; rank 0 prints."""
     torch.set_num_threads(1)
     torch.manual_seed(rank)
+    # As in a trainer that has run a while: glibc returns freed memory at once, and pays for it with page faults, until a
+    # block this large has been freed.
+    block = torch.empty(7_500_000)
+    del block
     group = None
     if tp > 1:
         backend = "gloo" if arguments.device == "cpu" else "nccl"

@@ -4,7 +4,8 @@
 several shards; `kl_gradient_` turns logits and global normalisers into the gradient, column by column. Everything that
 the KL losses report follows from these.
 
-Eager, they are run on chunks of tokens, since each operation writes its result to memory. Compiled (`compiled=True`;
+Eager, they are run on chunks of tokens, since each operation writes its result to memory; operations in place are there
+because fresh memory costs more than arithmetic on a CPU. Compiled (`compiled=True`;
 Inductor: C++ on the CPU, Triton on a GPU), a chunk's intermediates stay in registers and the whole batch is one chunk.
 """
 
@@ -99,20 +100,22 @@ def kl_statistics(z_TV: Tensor, t_TV: Tensor, excluded_V: Tensor | None, inverse
     dtype = compute_dtype(z_TV)
     z, t = z_TV.to(dtype) * inverse_temperature, t_TV.to(dtype) * inverse_temperature
     if excluded_V is not None:
-        z, t = z.masked_fill(excluded_V, -torch.inf), t.masked_fill(excluded_V, -torch.inf)
+        z, t = z.masked_fill_(excluded_V, -torch.inf), t.masked_fill_(excluded_V, -torch.inf)
     max_z, max_t = z.amax(dim=1, keepdim=True), t.amax(dim=1, keepdim=True)
-    a, b = z - finite_or_zero(max_z), t - finite_or_zero(max_t)
-    exp_a, exp_b = a.exp(), b.exp()
+    a, b = z.sub_(finite_or_zero(max_z)), t.sub_(finite_or_zero(max_t))
+    exp_a, exp_b, gap = a.exp(), b.exp(), a - b
+    # A product is NaN where 0 meets an infinity, which counts as 0, or where a logit is NaN, which the sums of e^a and
+    # e^b report. Skipping NaN is therefore right, and half the passes of masking.
     return torch.stack(
         [
             max_z.squeeze(1),
             exp_a.sum(dim=1),
             max_t.squeeze(1),
             exp_b.sum(dim=1),
-            weighted(exp_a, a - b).sum(dim=1),
-            weighted(exp_b, b - a).sum(dim=1),
-            weighted(exp_a, a).sum(dim=1),
-            weighted(exp_b, b).sum(dim=1),
+            (exp_a * gap).nansum(dim=1),
+            -gap.mul_(exp_b).nansum(dim=1),
+            a.mul_(exp_a).nansum(dim=1),
+            b.mul_(exp_b).nansum(dim=1),
         ],
         dim=1,
     )
@@ -176,8 +179,8 @@ def kl_gradient_(
     log_q, log_p = log_probs(z_TV, t_TV, normalisers_T5, inverse_temperature)
     weight, scale = weight_T.unsqueeze(1), (upstream_T * inverse_temperature).unsqueeze(1)
     q, p = log_q.exp(), log_p.exp()
-    reverse = weighted(weight * q, log_q - log_p - normalisers_T5[:, 4:])
-    out_TV.copy_(scale * (reverse + (1 - weight) * (q - p)))
+    reverse = weighted(weight * q, log_q.sub_(log_p).sub_(normalisers_T5[:, 4:]))
+    out_TV.copy_(q.sub_(p).mul_(1 - weight).add_(reverse).mul_(scale))
 
 
 def softmax_statistics(z_TV: Tensor, inverse_temperature: float) -> Tensor:
@@ -258,8 +261,8 @@ def log_probs(z_TV: Tensor, t_TV: Tensor, normalisers_T5: Tensor, inverse_temper
     dtype = compute_dtype(z_TV)
     max_z, log_z, max_t, log_t, _ = normalisers_T5.unsqueeze(2).unbind(dim=1)
     return (
-        z_TV.to(dtype) * inverse_temperature - max_z - log_z,
-        t_TV.to(dtype) * inverse_temperature - max_t - log_t,
+        (z_TV.to(dtype) * inverse_temperature).sub_(max_z).sub_(log_z),
+        (t_TV.to(dtype) * inverse_temperature).sub_(max_t).sub_(log_t),
     )
 
 
