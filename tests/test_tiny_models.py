@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,7 @@ def maker() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 
@@ -131,7 +133,8 @@ class TestAccuracy:
 
 def test_the_tool_makes_loadable_models(maker: ModuleType, tmp_path: Path) -> None:
     """One training step of the tool ends in a directory that transformers loads, with bfloat16 weights."""
-    accuracy = maker.make_model(replace(maker.STUDENT, num_steps=1), maker.train_tokenizer(), tmp_path)
+    role = replace(maker.STUDENT, num_steps=1)
+    accuracy = maker.make_model(role, maker.train_tokenizer(), tmp_path, list(held_out_problems())[:2])
     assert accuracy["greedy"] == 0.0
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype="auto")
     assert model.dtype == torch.bfloat16

@@ -213,17 +213,16 @@ def measure_accuracy(
     return sum(right) / len(right)
 
 
-def make_model(role: Role, tokenizer: Tokenizer, out: Path) -> dict[str, float]:
-    """Pre-trains one model, rounds it to bfloat16, measures what was rounded, and saves it."""
+def make_model(role: Role, tokenizer: Tokenizer, out: Path, held_out: list[ChainProblem]) -> dict[str, float]:
+    """Pre-trains one model, rounds it to bfloat16, measures what was rounded, and saves it under `out`."""
     wrapped = wrap_tokenizer(tokenizer, role.stop_token)
     model = build_model(role, wrapped)
     print(f"{role.name}: {model.num_parameters():,} parameters", flush=True)
     pretrain(role, model, tokenizer)
     model = model.bfloat16().float()
-    problems = list(held_out_problems())
     accuracy = {
-        "greedy": measure_accuracy(model, wrapped, problems, sample=False),
-        "temperature_1": measure_accuracy(model, wrapped, problems, sample=True),
+        "greedy": measure_accuracy(model, wrapped, held_out, sample=False),
+        "temperature_1": measure_accuracy(model, wrapped, held_out, sample=True),
     }
     print(f"{role.name}: held-out accuracy {accuracy}", flush=True)
     model.generation_config = GenerationConfig(
@@ -250,12 +249,13 @@ def main() -> None:
 
     tokenizer = train_tokenizer()
     write_jsonl(out / "train.jsonl", list(islice(sample_problems(TRAIN_SEED), NUM_TRAIN_PROBLEMS)), seed=TRAIN_SEED)
-    write_jsonl(out / "heldout.jsonl", list(held_out_problems()), seed=TRAIN_SEED)
+    held_out = list(held_out_problems())
+    write_jsonl(out / "heldout.jsonl", held_out, seed=TRAIN_SEED)
     accuracy_path = out / "accuracy.json"
     accuracies = json.loads(accuracy_path.read_text()) if accuracy_path.exists() else {}
     for role in (TEACHER, STUDENT):
         if arguments.only in (None, role.name):
-            accuracies[role.name] = make_model(role, tokenizer, out)
+            accuracies[role.name] = make_model(role, tokenizer, out, held_out)
     accuracy_path.write_text(json.dumps(accuracies, indent=2) + "\n")
 
 
