@@ -1,6 +1,6 @@
-"""One rank that builds a student under Megatron's optimizer, takes a step, and measures what it holds.
+"""One rank that builds a student under Megatron's optimizer, plain and distributed, takes a step, and measures what it holds.
 
-Started by torchrun as ``memory_job.py MODEL_DIR DISTRIBUTED_OPTIMIZER RESULT.json``.
+Started by torchrun as ``memory_job.py MODEL_DIR RESULT.json``.
 """
 
 import json
@@ -34,11 +34,8 @@ def tensor_bytes(value: Any) -> int:
     return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def main(model_dir: str, distributed: bool, result_file: str) -> None:
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    hf_config = HfConfig.from_dir(model_dir)
+def measure(hf_config: HfConfig, distributed: bool) -> dict[str, int]:
+    """Bytes of this rank by part."""
     config = TransformerConfig(**transformer_config_kwargs(hf_config))
     model = build_gpt_model(
         hf_config, config, padded_vocab_size=padded_vocab_size(hf_config, 1), use_transformer_engine=False
@@ -51,14 +48,24 @@ def main(model_dir: str, distributed: bool, result_file: str) -> None:
     )
     for parameter in model.parameters():
         parameter.main_grad.fill_(1e-3)
-    wrapped.finish_grad_sync() if distributed else None
+    if distributed:
+        wrapped.finish_grad_sync()
     optimizer.step()
     inner = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
-    measured = {
+    return {
         "weights": sum(tensor_bytes(parameter) for parameter in model.parameters()),
         "gradients": sum(tensor_bytes(buffer.grad_data) for buffer in wrapped.buffers),
         "optimizer": sum(tensor_bytes(dict(one.state)) for one in inner),
     }
+
+
+def main(model_dir: str, result_file: str) -> None:
+    """Measure both optimizers; rank 0 writes what it found."""
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    hf_config = HfConfig.from_dir(model_dir)
+    measured = [measure(hf_config, distributed) for distributed in (False, True)]
     if dist.get_rank() == 0:
         Path(result_file).write_text(json.dumps(measured))
     dist.barrier()
@@ -66,4 +73,4 @@ def main(model_dir: str, distributed: bool, result_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "1", sys.argv[3])
+    main(sys.argv[1], sys.argv[2])
