@@ -13,7 +13,7 @@ platform ``PlainTorchCpuPlatform``  rotary embeddings import vLLM's kernels when
 deterministic back end              seeded sampling refuses the ``torch_native`` attention back end
 no batch-invariant kernels          they are Triton kernels and need an accelerator; seeds do not need them
 ``murmur_hash32`` in PyTorch        the CPU operator is missing from the published kernel wheel
-fork instead of spawn               three processes would import the same 15 s of libraries (61 s -> 22 s of start-up)
+fork instead of spawn               three processes would import the same libraries (126 s -> 44 s of CPU time to start)
 ==================================  ==============================================================================
 
 Importing this module is cheap and imports neither torch nor SGLang: SGLang loads it in every process.

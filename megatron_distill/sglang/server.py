@@ -60,8 +60,8 @@ class ServerSpec:
         deterministic: honour ``sampling_seed``. Without it SGLang ignores seeds. On a GPU it selects batch-invariant kernels.
         weight_version: label of the weights in ``model_dir``; every reply carries it.
         tp: tensor-parallel size of this one server.
-        cpu_threads: OpenMP threads of a CPU server. More than one helps only large models on idle cores: on two busy cores,
-            two threads that wait for each other made a tiny model 50 times slower.
+        cpu_threads: OpenMP threads of a CPU server. More than one helps only large models on idle cores: threads that wait for
+            each other on busy cores made a tiny model many times slower (docs/sglang.md has the figures).
         extra_args: further ``sglang.launch_server`` arguments; they come last, so they win.
     """
 
