@@ -13,7 +13,6 @@ Names to know: ``HfDirectory``, ``HfDirectoryWriter``, ``atomic_directory``, ``c
 
 import errno
 import json
-import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -339,4 +338,3 @@ class HfDirectoryWriter:
             weight_map = {name: self._names[number] for name, (number, _) in self._file_of.items()}
             index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
             (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        os.sync()

@@ -17,7 +17,7 @@ from tiny_models import logits_file
 HERE = Path(__file__).parent
 
 
-def launch(world_size: int, cases: list[dict[str, Any]], folder: Path, timeout_s: float = 400) -> list[dict[str, Any]]:
+def launch(world_size: int, cases: list[dict[str, Any]], folder: Path, timeout_s: float = 1000) -> list[dict[str, Any]]:
     """Run the cases on ``world_size`` ranks; one result for each case, from rank 0."""
     cases_file, results_file = folder / "cases.json", folder / "results.json"
     cases_file.write_text(json.dumps(cases))
@@ -47,6 +47,7 @@ def run_rank(rank: int, world_size: int, store: str, cases_file: str, results_fi
     cpu_backend.install()
     import torch.distributed as dist
 
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     cases = json.loads(Path(cases_file).read_text())
     results = [load_through_training(case) if "arguments" in case else run_case(case) for case in cases]
@@ -126,18 +127,18 @@ def load_through_training(case: dict[str, Any]) -> dict[str, Any]:
     """``megatron.training --load``, its own code from the command line on; once in a process."""
     import torch
     from megatron.core import parallel_state
-    from megatron.training import get_args, initialize
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training import initialize
     from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
     from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.global_vars import set_global_variables
 
     from megatron_distill.convert.hf_config import HfConfig
     from megatron_distill.megatron.model import build_gpt_model
 
     sys.argv = ["megatron_job.py", *case["arguments"]]
-    parsed = parse_and_validate_args(args_defaults={})
-    initialize.initialize_megatron(pretrain_cfg_container_from_args(parsed), allow_no_cuda=True)
-    args, config = get_args(), HfConfig.from_dir(case["hf_dir"])
+    args, config = parse_and_validate_args(args_defaults={}), HfConfig.from_dir(case["hf_dir"])
+    set_global_variables(args)
+    initialize.initialize_megatron(allow_no_cuda=True)
     model = build_gpt_model(
         config,
         core_transformer_config_from_args(args),

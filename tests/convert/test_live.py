@@ -40,6 +40,7 @@ def _check(result: dict[str, Any]) -> None:
     assert result["num_buckets"] > 1, result
 
 
+@pytest.mark.timeout(1100)
 def test_two_ranks_every_family_and_layout(hf_dirs: dict[str, Path], tmp_path: Path) -> None:
     """Every family at dp=2, pp=2, tp=2 and ep=2, one job.
 
@@ -72,6 +73,7 @@ def test_two_ranks_every_family_and_layout(hf_dirs: dict[str, Path], tmp_path: P
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(1100)
 def test_four_ranks_two_dimensions_at_once(hf_dirs: dict[str, Path], tmp_path: Path) -> None:
     """tp x pp, tp x dp, and for experts tp x ep and ep x pp."""
     dense = [{"tp": 2, "pp": 2}, {"tp": 2}]
@@ -83,6 +85,7 @@ def test_four_ranks_two_dimensions_at_once(hf_dirs: dict[str, Path], tmp_path: P
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(1100)
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])
 def test_megatron_training_loads_a_converted_checkpoint(hf_dirs: dict[str, Path], tmp_path: Path, layout: str) -> None:
     """``megatron.training --load`` with the flags we print, at another layout than the converted one, unmodified."""
