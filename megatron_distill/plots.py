@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 Floats = npt.NDArray[np.float64]
 
@@ -160,7 +160,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             low, high = np.floor(np.log10(positive.min())), np.floor(np.log10(positive.max())) + 1
             axes.set_ylim(10**low, 10**high)
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif panel.share:
+    else:  # matplotlib's own would put a common power of ten where the legend is
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if panel.share and present:
         tops = [series.values if series.high is None else series.high for series in present]
         top = max([0.1, *(1.1 * float(np.nanmax(values)) for values in tops)])
         axes.set_ylim(-0.03 * top, top)
@@ -180,12 +182,14 @@ def _draw_points(axes: Axes, series: Series, colour: str) -> None:
 def _draw_line(axes: Axes, series: Series, colour: str) -> None:
     finite = np.isfinite(series.values)
     steps, values = series.steps[finite], series.values[finite]
-    drawstyle = "steps-post" if series.kind == "stairs" else "default"
-    marker = "o" if len(steps) == 1 else None
+    if series.kind == "stairs":
+        kept = np.flatnonzero(np.append(True, values[1:] != values[:-1]) | (np.arange(len(values)) == len(values) - 1))
+        axes.step(steps[kept], values[kept], where="post", label=series.label, color=colour)
+        return
     stretches = _stretches(len(steps))
     centres = [steps[part].mean() for part in stretches]
     means = [values[part].mean() for part in stretches]
-    axes.plot(centres, means, label=series.label, color=colour, drawstyle=drawstyle, marker=marker)
+    axes.plot(centres, means, label=series.label, color=colour, marker="o" if len(steps) == 1 else "", markersize=4)
     if len(stretches) < len(steps):
         lows, highs = ([f(values[part]) for part in stretches] for f in (np.min, np.max))
         axes.fill_between(centres, lows, highs, color=colour, alpha=0.15, linewidth=0)

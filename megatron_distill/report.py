@@ -80,7 +80,7 @@ def _evaluations(run: RunRecord) -> Html:
     return Html(f"{table(header, rows)}\n{note}\n{_accuracy_plot(run) if len(run.evaluations) > 1 else ''}")
 
 
-def evaluation_rows(k: int) -> list[tuple[str, str, str]]:
+def evaluation_rows(k: int | str) -> list[tuple[str, str, str]]:
     """(label, key in the summary, format) of the numbers that evaluation tables show."""
     return [
         (f"Avg@{k}", "avg_at_k", ".3f"),
