@@ -103,19 +103,18 @@ def kl_statistics(z_TV: Tensor, t_TV: Tensor, excluded_V: Tensor | None, inverse
         z, t = z.masked_fill_(excluded_V, -torch.inf), t.masked_fill_(excluded_V, -torch.inf)
     max_z, max_t = z.amax(dim=1, keepdim=True), t.amax(dim=1, keepdim=True)
     a, b = z.sub_(finite_or_zero(max_z)), t.sub_(finite_or_zero(max_t))
-    exp_a, exp_b, gap = a.exp(), b.exp(), a - b
-    # A product is NaN where 0 meets an infinity, which counts as 0, or where a logit is NaN, which the sums of e^a and
-    # e^b report. Skipping NaN is therefore right, and half the passes of masking.
+    exp_a, exp_b = a.exp(), b.exp()
+    # Masked rather than by `nansum`: compiled, the latter was measured to take three times as long.
     return torch.stack(
         [
             max_z.squeeze(1),
             exp_a.sum(dim=1),
             max_t.squeeze(1),
             exp_b.sum(dim=1),
-            (exp_a * gap).nansum(dim=1),
-            -gap.mul_(exp_b).nansum(dim=1),
-            a.mul_(exp_a).nansum(dim=1),
-            b.mul_(exp_b).nansum(dim=1),
+            weighted(exp_a, a - b).sum(dim=1),
+            weighted(exp_b, b - a).sum(dim=1),
+            weighted(exp_a, a).sum(dim=1),
+            weighted(exp_b, b).sum(dim=1),
         ],
         dim=1,
     )
