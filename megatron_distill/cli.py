@@ -3,8 +3,11 @@
     train RECIPE [section.field=value ...]     run a recipe on this machine, or resume it
     launch RECIPE --cluster PROFILE            run a recipe as a Slurm job, or resume it
     plan RECIPE                                layout, memory and bytes on the wire; what would make it fit
-    eval RUN_OR_MODEL                          measure a model on problems
+    pipeline NAME                              stages with gates: distil, then reinforce, then evaluate
+    study NAME                                 the same task under many settings, with tables and figures
+    eval RUN_OR_MODEL --problems FILE          measure a model on problems
     report RUN                                 (re)write a run's page and plots
+    compare RUN RUN ...                        metrics together, and what the configs differ in
     doctor                                     what is installed, and what works here
     convert ...                                Hugging Face <-> Megatron checkpoints
 
@@ -12,7 +15,6 @@ A user's error is printed without a traceback and ends with code 1; Ctrl-C stops
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +22,10 @@ from pathlib import Path
 from megatron_distill import __version__
 from megatron_distill import config as config_module
 from megatron_distill.cluster import add_launch_parser
+from megatron_distill.convert.commands import add_convert_parser
 from megatron_distill.errors import DistillError
 from megatron_distill.plan import add_plan_parser
-from megatron_distill.recipe import all_recipes, load_recipe
+from megatron_distill.recipe import all_recipes, load, load_recipe
 from megatron_distill.run_folder import RunFolder
 
 
@@ -60,45 +63,88 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(func=_train)
     add_launch_parser(commands)
     add_plan_parser(commands)
+    pipeline = commands.add_parser("pipeline", help="run stages with gates between them, or resume them")
+    pipeline.add_argument("name", help="module.function below recipes/, or path/to/file.py:function")
+    pipeline.add_argument("--dir", type=Path, help="where the stages' run folders go (default: runs/NAME)")
+    pipeline.set_defaults(func=_pipeline)
+    study = commands.add_parser("study", help="run, or resume, a study: many settings, several seeds")
+    study.add_argument("name", help="module.function below recipes/, or path/to/file.py:function")
+    study.add_argument("--dir", type=Path, help="where the runs and the results go (default: runs/study-NAME)")
+    study.add_argument("--quick", action="store_true", help="one seed and few steps: a look, not a result")
+    study.set_defaults(func=_study)
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure a model on problems",
+        epilog="fields (defaults):\n" + config_module.field_help("evaluation."),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument("model", type=Path, help="a run folder (its hf/ is measured), or a Hugging Face directory")
+    evaluate.add_argument("--problems", type=Path, help="JSONL of problems (default for a run: its held-out set)")
+    evaluate.add_argument("--out", type=Path, help="JSON file to write (default for a run: eval/PROBLEMS.json)")
+    evaluate.add_argument("overrides", nargs="*", metavar="evaluation.field=value")
+    evaluate.set_defaults(func=_eval)
     report = commands.add_parser("report", help="(re)write a run's page and plots")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(func=_report)
+    compare = commands.add_parser("compare", help="metrics of several runs together, and their config differences")
+    compare.add_argument("run_dirs", type=Path, nargs="+")
+    compare.add_argument("--out", type=Path, default=Path("compare.html"), help="page to write")
+    compare.set_defaults(func=_compare)
     doctor = commands.add_parser("doctor", help="what is installed, and what works here")
     doctor.set_defaults(func=_doctor)
+    add_convert_parser(commands)
     return parser
 
 
 def _train(options: argparse.Namespace) -> None:
     from megatron_distill import preflight
-    from megatron_distill.console import Console, closing_table
-    from megatron_distill.doctor import environment
-    from megatron_distill.launch import prepare_folder
-    from megatron_distill.local import local_tasks, run_local, visible_gpus
-    from megatron_distill.report import write_report
-    from megatron_distill.run_folder import write_json
+    from megatron_distill.console import closing_table
+    from megatron_distill.local import local_tasks, train, visible_gpus
 
     config = config_module.with_overrides(load_recipe(options.recipe), options.overrides)
     folder = RunFolder((options.run_dir or Path("runs") / config.name).absolute())
-    preflight.check(config)
     if options.dry_run:
+        preflight.check(config)
         print(f"{options.recipe}: sound. It would start, in {folder.root}:")
         for task in local_tasks(config, folder, visible_gpus()):
             print(f"  {task.name:<12} {task.command}")
         return
-    resumed_step = prepare_folder(config, folder)
-    config_module.save(config, folder.config)
-    write_json(folder.root / "env.json", environment() | {"command": sys.argv, "working_directory": os.getcwd()})
-    with Console(folder, config.num_steps) as console:
-        console.say(f"resuming {folder.root} at step {resumed_step}" if resumed_step else f"run folder: {folder.root}")
-        run_local(config, folder, console)
-    write_report(folder)
+    train(config, folder)
     print(f"\n{closing_table(folder.evaluations())}\n\n  report: {folder.report}\n  model:  {folder.hf}")
+
+
+def _pipeline(options: argparse.Namespace) -> None:
+    from megatron_distill.pipeline import Pipeline, run_pipeline
+
+    pipeline = load(options.name, Pipeline)
+    print(run_pipeline(pipeline, (options.dir or Path("runs") / pipeline.name).absolute()))
+
+
+def _study(options: argparse.Namespace) -> None:
+    from megatron_distill.study import Study, run_study
+
+    study = load(options.name, Study)
+    suffix = "-quick" if options.quick else ""
+    folder = (options.dir or Path("runs") / f"study-{study.name}{suffix}").absolute()
+    print(run_study(study.quick() if options.quick else study, folder))
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from megatron_distill.evaluate_model import evaluate_model
+
+    print(evaluate_model(options.model, options.problems, options.out, options.overrides))
 
 
 def _report(options: argparse.Namespace) -> None:
     from megatron_distill.report import write_report
 
     print(write_report(RunFolder(options.run_dir)))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from megatron_distill.compare import compare_runs
+
+    print(compare_runs([RunFolder(path) for path in options.run_dirs], options.out))
 
 
 def _doctor(options: argparse.Namespace) -> None:

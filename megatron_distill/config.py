@@ -470,22 +470,26 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def from_dict(data: Mapping[str, Any]) -> RunConfig:
+def from_dict(data: Mapping[str, Any], check_rules: bool = True) -> RunConfig:
     """Build and validate a ``RunConfig`` from plain values.
+
+    Args:
+        data: as ``to_dict`` gives it; what is left out takes its default.
+        check_rules: also hold the values to ``problems_of``; without, only keys and types are checked.
 
     Raises:
         ConfigError: listing every unknown key, every wrong type and every broken rule at once.
     """
     problems: list[str] = []
     config = _build(RunConfig, data, "", problems)
-    if not problems:
+    if check_rules and not problems:
         problems = problems_of(config)
     if problems:
         raise ConfigError("\n".join(problems))
     return config
 
 
-def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+def with_overrides(config: RunConfig, overrides: Sequence[str], check_rules: bool = True) -> RunConfig:
     """Apply ``section.field=value`` overrides (values are JSON, or else strings) and validate the result.
 
     Raises:
@@ -506,7 +510,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             node[leaf] = json.loads(text)
         except json.JSONDecodeError:
             node[leaf] = text
-    return from_dict(data)
+    return from_dict(data, check_rules)
 
 
 def save(config: RunConfig, path: Path) -> None:
@@ -529,10 +533,12 @@ def load(path: Path) -> RunConfig:
     return from_dict(data)
 
 
-def field_help() -> str:
-    """Every field with its type, default and meaning, for ``--help`` and the docs."""
+def field_help(prefix: str = "") -> str:
+    """Every field whose name starts with ``prefix``, with its type, default and meaning, for ``--help`` and the docs."""
     lines = []
     for where, spec, value in walk(RunConfig()):
+        if not where.startswith(prefix):
+            continue
         default = value.to_json() if isinstance(value, Schedule) else value
         kind = spec.type if isinstance(spec.type, str) else getattr(spec.type, "__name__", str(spec.type))
         kind = "|".join(typing.get_args(spec.type)) if typing.get_origin(spec.type) is Literal else kind

@@ -19,20 +19,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
+from megatron_distill import config as config_module
+from megatron_distill import preflight
 from megatron_distill.config import RunConfig
 from megatron_distill.console import Console
+from megatron_distill.doctor import environment
 from megatron_distill.errors import DistillError
 from megatron_distill.launch import (
     ROLE_ENV,
     import_nemo_run,
     num_gpus,
+    prepare_folder,
     quiet,
     require_success,
     role_arguments,
     server_groups,
 )
-from megatron_distill.run_folder import RunFolder
+from megatron_distill.report import write_report
+from megatron_distill.run_folder import RunFolder, write_json
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,22 @@ def run_local(config: RunConfig, folder: RunFolder, console: Console) -> None:
         finally:
             _end_roles(folder)
     require_success(folder, "trainer = ended early")
+
+
+def train(config: RunConfig, folder: RunFolder, out: TextIO = sys.stdout) -> None:
+    """A whole run, or the rest of one: check, start, follow on the console, write the report.
+
+    Raises:
+        DistillError: before anything starts, or with the first failure's cause.
+    """
+    preflight.check(config)
+    resumed_step = prepare_folder(config, folder)
+    config_module.save(config, folder.config)
+    write_json(folder.root / "env.json", environment() | {"command": sys.argv, "working_directory": os.getcwd()})
+    with Console(folder, config.num_steps, out) as console:
+        console.say(f"resuming {folder.root} at step {resumed_step}" if resumed_step else f"run folder: {folder.root}")
+        run_local(config, folder, console)
+    write_report(folder)
 
 
 def local_tasks(config: RunConfig, folder: RunFolder, gpus: Sequence[str]) -> list[Task]:

@@ -23,29 +23,43 @@ def load_recipe(name: str) -> RunConfig:
     Raises:
         ConfigError: if there is no such recipe.
     """
+    return load(name, RunConfig)
+
+
+def load[T](name: str, kind: type[T]) -> T:
+    """What the named function returns: a ``kind``, e.g. a run's config or a pipeline.
+
+    Raises:
+        ConfigError: if there is no such function.
+    """
     if ":" in name:
         path, _, function = name.rpartition(":")
-        recipes = functions_returning(module_at(Path(path)), RunConfig)
-        if function not in recipes:
-            raise ConfigError(f"recipe = {name!r}: {path} has no such recipe. It has: {', '.join(recipes) or 'none'}.")
-        return recipes[function]()
-    recipes = all_recipes()
-    if name not in recipes:
-        close = difflib.get_close_matches(name, recipes, n=1)
-        hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(recipes)}, or path/to/file.py:function."
+        found = functions_returning(module_at(Path(path)), kind)
+        if function not in found:
+            raise ConfigError(f"recipe = {name!r}: {path} has no such recipe. It has: {', '.join(found) or 'none'}.")
+        return found[function]()
+    found = every(kind)
+    if name not in found:
+        close = difflib.get_close_matches(name, found, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(found)}, or path/to/file.py:function."
         raise ConfigError(f"recipe = {name!r}: unknown. {hint}")
-    return recipes[name]()
+    return found[name]()
 
 
 def all_recipes() -> dict[str, Callable[[], RunConfig]]:
     """Every recipe of the ``recipes`` package by ``module.function``."""
+    return every(RunConfig)
+
+
+def every[T](kind: type[T]) -> dict[str, Callable[[], T]]:
+    """Every function of the ``recipes`` package that returns a ``kind``, by ``module.function``."""
     import recipes as package
 
-    found: dict[str, Callable[[], RunConfig]] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"recipes.{info.name}")
-        found |= {f"{info.name}.{name}": function for name, function in functions_returning(module, RunConfig).items()}
-    return found
+    return {
+        f"{info.name}.{name}": function
+        for info in pkgutil.iter_modules(package.__path__)
+        for name, function in functions_returning(importlib.import_module(f"recipes.{info.name}"), kind).items()
+    }
 
 
 def functions_returning[T](module: ModuleType, kind: type[T]) -> dict[str, Callable[[], T]]:
