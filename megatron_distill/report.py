@@ -124,7 +124,7 @@ def _accuracy_plot(run: RunRecord) -> Html:
 def _training_plots(run: RunRecord) -> Html:
     if not run.steps:
         return Html("")
-    names = ("loss", "forward_kl_nats", "reverse_kl_nats")
+    names = ("loss", "forward_kl_nats", "reverse_kl_nats", "cross_entropy_nats")
     plots = [
         figure("Loss and divergences", curves("loss", [Panel("nats", _curves(run, names))]), names),
         _entropy_plot(run),

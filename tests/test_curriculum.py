@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_distill.config import CurriculumConfig, EvalConfig, RunConfig, problems_of
@@ -20,6 +20,7 @@ GATED = CurriculumConfig(kind="entropy_gated", ladder_tokens=LADDER, stage_steps
 HEALTHY = Measurement(entropy_nats=0.3, truncated_frac=0.0, repetition_frac=0.0)
 COLLAPSED = Measurement(entropy_nats=0.05, truncated_frac=0.0, repetition_frac=0.0)
 NUM_STEPS = 100
+unhurried = settings(deadline=None)  # a loaded machine is no failure
 
 Model = Callable[[int, int], Measurement]
 """(steps done, horizon) -> what its held-out responses look like."""
@@ -133,6 +134,7 @@ def test_unmeasured_entropy_neither_advances_nor_freezes() -> None:
     assert curriculum.decide(20, HEALTHY).outcome == "advance"
 
 
+@unhurried
 @given(gated_configs, models)
 def test_horizon_stays_on_the_ladder_and_below_the_plan(config: CurriculumConfig, model: Model) -> None:
     """Whatever is measured: rungs only, up by one at a time, down only to freeze, never above ``max_horizon_tokens``."""
@@ -150,6 +152,7 @@ def test_horizon_stays_on_the_ladder_and_below_the_plan(config: CurriculumConfig
     assert frozen in ([], decisions[-1:])
 
 
+@unhurried
 @given(gated_configs, models, st.floats(0, 0.5))
 def test_more_entropy_never_holds_a_first_stage_back(config: CurriculumConfig, model: Model, more: float) -> None:
     """The first decision is monotone in the entropy: nothing but the absolute gate can refuse for it."""
@@ -160,6 +163,7 @@ def test_more_entropy_never_holds_a_first_stage_back(config: CurriculumConfig, m
     assert first.outcome != "advance" or second.outcome == "advance"
 
 
+@unhurried
 @given(gated_configs, models, st.integers(0, NUM_STEPS - 1))
 def test_resumed_run_equals_the_unbroken_one(config: CurriculumConfig, model: Model, resumed_at: int) -> None:
     """Replay of the records up to any step, through JSON, leads to the same horizons and the same later decisions."""
@@ -172,6 +176,7 @@ def test_resumed_run_equals_the_unbroken_one(config: CurriculumConfig, model: Mo
     assert through_json(later) == through_json([decision for decision in decisions if decision.step > resumed_at])
 
 
+@unhurried
 @given(gated_configs, models, models, st.lists(st.integers(0, NUM_STEPS - 1), min_size=3, max_size=3).map(sorted))
 def test_decisions_of_an_abandoned_future_are_void(
     config: CurriculumConfig, first_model: Model, second_model: Model, steps: list[int]
@@ -222,6 +227,7 @@ def test_planned_kinds_follow_their_formula() -> None:
         curriculum.decide(2, HEALTHY)
 
 
+@unhurried
 @given(
     st.builds(
         CurriculumConfig,
