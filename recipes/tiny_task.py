@@ -7,7 +7,7 @@ distillation needs:
 - answers take several dependent steps (2 to 6), so one wrong step spoils the answer and length matters;
 - there are many right ways to write a solution (opening, wording of each step, optional checks, merged steps), so the
   teacher's distribution has entropy and several modes: forward KL must cover them, reverse KL may pick some;
-- solutions take about 20 to 150 tokens, so response horizons and truncation bite.
+- solutions take about 25 to 140 tokens, so response horizons and truncation bite.
 
     Start with 7. Step 1: add 5. Step 2: multiply by 3. Put the answer in \boxed{}.
     -> Let me check as I go. Step 1: 7+5=12. Check: 12-5=7. Step 2: multiply by 3, 12*3=36. The answer is \boxed{36}.
