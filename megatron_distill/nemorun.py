@@ -1,8 +1,8 @@
 """The recipes on NeMo-Run's own command line, for those who live there; found through the entry-point group ``nemo_run.cli``.
 
-    nemorun distill train recipe=tiny.quickstart overrides='["num_steps=10"]'
-    nemorun distill train --factory tiny_quickstart
-    nemorun distill launch recipe=qwen3.b06_from_4b_1x8_4096 cluster=example_h100
+    nemorun distill train -y --factory tiny_quickstart
+    nemorun distill train -y recipe=tiny.quickstart 'overrides=["num_steps=10"]'
+    nemorun distill launch -y recipe=qwen3.b06_from_4b_1x8_4096 cluster=example_h100
 
 The same as ``megatron-distill train`` and ``launch``, which this calls. NeMo-Run's ``run.executor=`` does not apply: a run is
 several kinds of processes, and a cluster profile says where each goes.
@@ -16,13 +16,13 @@ from megatron_distill.cli import main
 from megatron_distill.recipe import all_recipes
 
 
-@run.cli.entrypoint(namespace="distill", enable_executor=False, skip_confirmation=True)
+@run.cli.entrypoint(namespace="distill")
 def train(recipe: str, overrides: list[str] = []) -> None:  # noqa: B006  NeMo-Run's parser knows no other default list
     """Run a recipe on this machine, or resume it."""
     _exit_with(main(["train", recipe, *overrides]))
 
 
-@run.cli.entrypoint(namespace="distill", enable_executor=False, skip_confirmation=True)
+@run.cli.entrypoint(namespace="distill")
 def launch(recipe: str, cluster: str, overrides: list[str] = []) -> None:  # noqa: B006
     """Run a recipe as a Slurm job, or resume it."""
     _exit_with(main(["launch", recipe, "--cluster", cluster, *overrides]))
