@@ -130,14 +130,12 @@ def load_through_training(case: dict[str, Any]) -> dict[str, Any]:
     from megatron.training import initialize
     from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
     from megatron.training.checkpointing import load_checkpoint
-    from megatron.training.global_vars import set_global_variables
 
     from megatron_distill.convert.hf_config import HfConfig
     from megatron_distill.megatron.model import build_gpt_model
 
     sys.argv = ["megatron_job.py", *case["arguments"]]
     args, config = parse_and_validate_args(args_defaults={}), HfConfig.from_dir(case["hf_dir"])
-    set_global_variables(args)
     initialize.initialize_megatron(allow_no_cuda=True)
     model = build_gpt_model(
         config,
