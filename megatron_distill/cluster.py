@@ -17,13 +17,11 @@ How to run: ``megatron-distill launch RECIPE --cluster PROFILE [--dry-run] [--de
 
 import argparse
 import os
-import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,125 +32,18 @@ from megatron_distill.errors import ConfigError, DistillError
 from megatron_distill.launch import (
     ROLE_ENV,
     import_nemo_run,
-    num_gpus,
     prepare_folder,
     quiet,
     require_success,
     role_arguments,
-    server_groups,
 )
 from megatron_distill.local import run_local
+from megatron_distill.nodes import ClusterProfile, Group, groups_of
 from megatron_distill.recipe import functions_returning, load_recipe, module_at
 from megatron_distill.run_folder import RunFolder, read_json, write_json
 
 _POLL_S = 2.0
-_SECRET = re.compile(r"token|secret|passw|credential|api_?key", re.IGNORECASE)
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
-
-
-@dataclass(frozen=True)
-class ClusterProfile:
-    """One cluster, as a recipe sees it. Profiles live in ``recipes/clusters.py``.
-
-    Attributes:
-        name: what ``--cluster`` takes.
-        account: Slurm account that is charged.
-        partition: Slurm partition.
-        time_limit: of one job, as sbatch takes it ("4:00:00"); a longer run goes on in the requeued job.
-        gpus_per_node: GPUs of a node; 0 on a cluster of CPU nodes.
-        tasks_per_cpu_node: trainer ranks, or servers, that a node without GPUs carries.
-        python: the interpreter on the nodes, or in the image.
-        container_image: for pyxis, as ``srun --container-image`` takes it; empty runs on the plain host.
-        container_mounts: "host:container" pairs. The run folder and the models must be visible under the same paths.
-        env: variables of every role. Never secrets: those are inherited from the shell that submits.
-        setup: bash lines that every task runs before its role, e.g. "module load cuda".
-        sbatch: further #SBATCH directives, e.g. {"qos": "high", "constraint": "h100"}.
-        warning_s: how long before the end of the time limit the trainer is told to save and stop. It must cover one step,
-            an evaluation if one is due, and the checkpoint.
-        max_requeues: how often a job may go on after its time limit.
-    """
-
-    name: str
-    account: str
-    partition: str
-    time_limit: str
-    gpus_per_node: int
-    tasks_per_cpu_node: int = 1
-    python: str = sys.executable
-    container_image: str = ""
-    container_mounts: tuple[str, ...] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
-    setup: tuple[str, ...] = ()
-    sbatch: Mapping[str, Any] = field(default_factory=dict)
-    warning_s: int = 600
-    max_requeues: int = 50
-
-    def __post_init__(self) -> None:
-        secrets = sorted(name for name in self.env if _SECRET.search(name))
-        if secrets:
-            raise ConfigError(
-                f"ClusterProfile({self.name}).env = {', '.join(secrets)}: looks like a secret. Job scripts are readable "
-                "files. Export it in the shell that submits; sbatch hands the shell's environment to the job."
-            )
-
-    @property
-    def slots_per_node(self) -> int:
-        """Trainer ranks that one node carries; a server takes ``tp`` slots."""
-        return self.gpus_per_node or self.tasks_per_cpu_node
-
-
-@dataclass(frozen=True)
-class Group:
-    """One role's share of a job.
-
-    Attributes:
-        role: "trainer", "student", "teacher", or "run" for a whole run on one node.
-        num_nodes: nodes it takes.
-        tasks_per_node: Slurm tasks on each; the trainer has one, its torchrun.
-        slots_per_task: ranks of a torchrun, or GPUs of a server.
-    """
-
-    role: str
-    num_nodes: int
-    tasks_per_node: int
-    slots_per_task: int
-
-
-def groups_of(config: RunConfig, profile: ClusterProfile) -> list[Group]:
-    """Lay a run out on a cluster's nodes: the trainer first, so that Slurm's batch script runs on its first node.
-
-    Raises:
-        ConfigError: listing everything that does not divide into nodes.
-    """
-    slots = profile.slots_per_node
-    if profile.gpus_per_node and num_gpus(config) <= profile.gpus_per_node:
-        return [Group("run", 1, 1, num_gpus(config))]
-    problems: list[str] = []
-    ranks_per_node = min(config.num_ranks, slots)
-    if config.num_ranks % ranks_per_node:
-        problems.append(
-            f"student.tp*pp*dp = {config.num_ranks}: must be a multiple of the {slots} ranks that a node of "
-            f"{profile.name} carries. Change student.dp."
-        )
-    groups = [Group("trainer", config.num_ranks // ranks_per_node, 1, ranks_per_node)]
-    for role, (replicas, tp) in server_groups(config).items():
-        size = tp if profile.gpus_per_node else 1  # ranks of a CPU server share its cores
-        if size > slots:
-            problems.append(
-                f"servers.{role}_tp = {tp}: a node of {profile.name} has {slots} GPUs. Lower it to {slots}."
-            )
-            continue
-        num_nodes = -(-replicas * size // (slots // size * size))
-        if replicas % num_nodes:
-            problems.append(
-                f"servers.{role}_replicas = {replicas}: does not spread evenly over the {num_nodes} nodes it takes, at "
-                f"{slots // size} a node. Set it to {replicas + num_nodes - replicas % num_nodes}."
-            )
-            continue
-        groups.append(Group(role, num_nodes, replicas // num_nodes, size))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return groups
 
 
 # --- scripts ----------------------------------------------------------------------------------------------------------

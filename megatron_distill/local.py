@@ -129,13 +129,17 @@ def local_tasks(config: RunConfig, folder: RunFolder, gpus: Sequence[str]) -> li
     return tasks
 
 
-def visible_gpus() -> list[str]:
-    """Ids of the GPUs that processes started here may use, without a driver or torch: the launcher needs neither."""
+def visible_gpus(devices: Path = Path("/dev")) -> list[str]:
+    """Ids of the GPUs that processes started here may use; the launcher needs neither torch nor a driver to tell.
+
+    Args:
+        devices: where the driver's device files are: nvidia0, nvidia1, ...
+    """
+    present = sorted(int(path.name.removeprefix("nvidia")) for path in devices.glob("nvidia[0-9]*"))
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = sorted(int(path.name.removeprefix("nvidia")) for path in Path("/dev").glob("nvidia[0-9]*"))
-    if not present:
-        return []
-    return [str(number) for number in present] if chosen is None else [one for one in chosen.split(",") if one]
+    if not present or chosen is None:
+        return [str(number) for number in present]
+    return [one for one in chosen.split(",") if one]
 
 
 def _list_servers(config: RunConfig) -> str:

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_distill import plan as planner
 from megatron_distill.cli import main
-from megatron_distill.cluster import groups_of
 from megatron_distill.config import RunConfig, StudentConfig, problems_of, with_overrides
 from megatron_distill.errors import CheckpointError
+from megatron_distill.nodes import groups_of
 from megatron_distill.recipe import functions_returning
 from recipes import clusters, qwen3, tiny
 

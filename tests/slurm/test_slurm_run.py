@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 PROFILES = '''
 from dataclasses import replace
-from megatron_distill.cluster import ClusterProfile
+from megatron_distill.nodes import ClusterProfile
 from recipes import clusters
 
 def cpu_nodes() -> ClusterProfile:
