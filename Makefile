@@ -5,10 +5,13 @@ PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/d
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart test test-heavy check setup docs clean
+.PHONY: quickstart pipeline test test-heavy check setup docs clean
 
 quickstart: $(READY)  ## distil a tiny student on this CPU: minutes
 	$(BIN)/megatron-distill train tiny.quickstart
+
+pipeline: $(READY)  ## distil, then reinforce, with a gate between: minutes
+	$(BIN)/megatron-distill pipeline tiny_rl.pipeline
 
 test: $(READY)  ## the default tests
 	$(BIN)/python -m pytest -m "not heavy and not slurm"

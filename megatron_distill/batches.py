@@ -57,7 +57,7 @@ class MicroBatch:
             rows, and their end: what packed attention kernels call ``cu_seqlens``.
         logits_index_T: int64, flat index into [R * L] of the logits that predict each response token.
         target_ids_T: int64, the response tokens themselves.
-        response_position_T: int64, 0-based place of the token in its response.
+        response_quarter_T: int64 in 0..3, which quarter of its response the token lies in.
         sampler_logprobs_T: fp32, log-prob under the sampler that wrote the token; nan where the teacher wrote it.
         is_scored_T: bool, whether the distillation loss applies to the token.
         is_student_T: bool, whether the student wrote the token.
@@ -76,7 +76,7 @@ class MicroBatch:
     sequence_starts: torch.Tensor
     logits_index_T: torch.Tensor
     target_ids_T: torch.Tensor
-    response_position_T: torch.Tensor
+    response_quarter_T: torch.Tensor
     sampler_logprobs_T: torch.Tensor
     is_scored_T: torch.Tensor
     is_student_T: torch.Tensor
@@ -191,7 +191,7 @@ def _pack(samples: Sequence[Sample], step: int, in_process_teacher: bool, pad_mu
         sequence_starts=_sequence_starts(sequence_of),
         logits_index_T=torch.from_numpy(np.concatenate(logits_index)),
         target_ids_T=_cat([s.rollout.response_ids for s in packed], np.int64),
-        response_position_T=_cat([np.arange(len(s.rollout.response_ids)) for s in packed], np.int64),
+        response_quarter_T=_cat([_quarters(len(s.rollout.response_ids)) for s in packed], np.int64),
         sampler_logprobs_T=_cat([s.rollout.sampler_logprobs for s in packed], np.float32),
         is_scored_T=_per_token(packed, is_scored, np.bool_),
         is_student_T=_per_token(packed, [s.rollout.weight_version >= 0 for s in packed], np.bool_),
@@ -210,6 +210,10 @@ def block_causal_mask(sequence_of_RL: torch.Tensor) -> torch.Tensor:
     same_RLL = sequence_of_RL[:, :, None] == sequence_of_RL[:, None, :]
     causal_LL = torch.ones(sequence_of_RL.shape[1:] * 2, dtype=torch.bool).tril()
     return ~(same_RLL & causal_LL)[:, None]
+
+
+def _quarters(num_tokens: int) -> np.ndarray:
+    return 4 * np.arange(num_tokens) // num_tokens
 
 
 def _sequence_starts(sequence_of_RL: np.ndarray) -> torch.Tensor:

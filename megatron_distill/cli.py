@@ -31,7 +31,7 @@ from megatron_distill.run_folder import RunFolder
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn errors into one message and an exit code."""
-    options = _parser().parse_args(argv)
+    options = _parse(argv)
     try:
         options.func(options)
     except DistillError as error:
@@ -41,6 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; start the same command again to resume from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, with overrides wherever they stand: argparse takes ``nargs="*"`` from one place of the line only."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(options, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ micro-batching, packing nor data parallelism can change loss or gradient, whiche
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,9 +28,13 @@ from megatron_distill.losses import (
     policy_gradient_loss,
     truncated_importance_weights,
     vocab_parallel_logprobs,
+    vocab_parallel_topk,
 )
 from megatron_distill.losses.topk import Tail
 from megatron_distill.metrics import Sums, add_sums
+
+PROBE_TOKENS = 256  # tokens of a micro-batch on which the costlier metrics are measured
+OVERLAP_TOP_K = 8
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,9 @@ class Objective:
                 sums["reference_kl_nats"] = _masked(policy.ref_kl, counted_T)
         loss = torch.stack(parts).sum() * plan.num_response_tokens
         report = {"loss": torch.stack([loss.detach(), loss.new_tensor(float(batch.target_ids_T.numel()))])}
-        self._parts.append(report | sums | self._sampling_sums(student, batch))
+        self._parts.append(
+            report | sums | self._sampling_sums(student, batch) | self._probe_sums(logits_TV.detach(), batch)
+        )
         return loss, report
 
     def take_sums(self) -> Sums:
@@ -192,11 +199,38 @@ class Objective:
     def _distill_sums(self, terms: KLTerms | TopKTerms, batch: MicroBatch) -> dict[str, Tensor]:
         named = {"forward_kl_nats": terms.forward_kl, "reverse_kl_nats": terms.reverse_kl}
         if isinstance(terms, TopKTerms):
+            assert batch.topk_logprobs_TK is not None
             named["teacher_topk_mass"] = terms.topk_mass
             named["student_topk_mass"] = terms.student_topk_mass
+            named["teacher_entropy_nats"] = _bucketed_entropy(batch.topk_logprobs_TK)
         else:
             named["teacher_entropy_nats"] = terms.teacher_entropy
-        return {name: _masked(value, batch.is_scored_T) for name, value in named.items()}
+        sums = {name: _masked(value, batch.is_scored_T) for name, value in named.items()}
+        for name, quarter in (("kl_first_quarter_nats", 0), ("kl_last_quarter_nats", 3)):
+            sums[name] = _masked(terms.loss, batch.is_scored_T & (batch.response_quarter_T == quarter))
+        return sums
+
+    @torch.no_grad()
+    def _probe_sums(self, logits_TV: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+        """Metrics that would cost a pass over the vocabulary each: measured on an even sample of the tokens."""
+        num_tokens = batch.target_ids_T.numel()
+        probe_P = torch.arange(0, num_tokens, -(-num_tokens // PROBE_TOKENS), device=logits_TV.device)
+        logits_PV, sums = logits_TV[probe_P], {}
+        shards: dict[str, Any] = {"tp_group": self.tp_group, "vocab_size": self.vocab_size}
+        every_P = torch.ones_like(probe_P, dtype=torch.bool)
+        if self.stop_token_ids:
+            masses = [
+                vocab_parallel_logprobs(logits_PV, torch.full_like(probe_P, stop), **shards).logprobs.exp()
+                for stop in self.stop_token_ids
+            ]
+            sums["student_stop_mass"] = _masked(torch.stack(masses).sum(0), every_P)
+        if batch.topk_ids_TK is not None and self.distill.weight:
+            num_top = min(OVERLAP_TOP_K, batch.topk_ids_TK.shape[1])
+            student_PK, _ = vocab_parallel_topk(logits_PV, num_top, **shards)
+            teacher_PK = batch.topk_ids_TK[probe_P, :num_top]
+            shared_P = (student_PK[:, :, None] == teacher_PK[:, None, :]).any(-1).double().mean(-1)
+            sums["topk_overlap_frac"] = _masked(shared_P, batch.is_scored_T[probe_P])
+        return sums
 
     def _sampling_sums(self, student: TokenTerms, batch: MicroBatch) -> dict[str, Tensor]:
         sums = {"student_entropy_nats": _masked(student.entropy, torch.ones_like(batch.is_student_T))}
@@ -204,6 +238,13 @@ class Objective:
             gap_T = (student.logprobs - batch.sampler_logprobs_T).abs()
             sums["sampler_gap_nats"] = _masked(gap_T, batch.is_student_T & ~batch.is_stale_T)
         return sums
+
+
+def _bucketed_entropy(topk_logprobs_TK: Tensor) -> Tensor:
+    """Entropy [T] over the top-k and one bucket for the rest, nats: a lower bound on the full one."""
+    probabilities_TK = topk_logprobs_TK.exp()
+    tail_T = (1 - probabilities_TK.sum(-1)).clamp(min=0)
+    return torch.special.entr(probabilities_TK).sum(-1) + torch.special.entr(tail_T)
 
 
 def _masked(value_T: Tensor, mask_T: Tensor) -> Tensor:

@@ -137,6 +137,8 @@ class Session:
         self.ranks.from_leader(lambda: self._on_leader().wait_ready(self._say))
         if self._step:
             self._sync(force=True)  # the servers came up with the weights the run began with
+            if self._step < config.num_steps and self._curriculum.is_due(self._step):
+                self._decide()  # the run was stopped between its checkpoint and its decision
         else:
             self._evaluate()
         self._began = time.perf_counter()

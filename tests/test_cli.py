@@ -1,0 +1,104 @@
+"""Bad input is refused before any process starts, in one message that names value, rule and remedy; exit code not 0."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_distill.cli import main
+from recipes.tiny import MODELS
+
+RECIPE = "tiny.quickstart"
+
+
+def refused(capsys: pytest.CaptureFixture[str], run_dir: Path, *overrides: str) -> str:
+    """The message of a run that must not start, and leaves nothing behind."""
+    assert main(["train", RECIPE, "--run-dir", str(run_dir), *overrides]) == 1
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert not run_dir.exists()
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("student.path=nowhere", ("student.path = nowhere", "no such directory")),
+        ("student.tp=3", ("student.tp = 3", "attention heads", "divisor")),
+        ("student.pp=3", ("student.pp = 3", "layers")),
+        ("curriculum.horizon_tokens=4000", ("positions", "curriculum.horizon_tokens")),
+        ("teacher.top_k=5000", ("teacher.top_k = 5000", "vocabulary")),
+        (f"teacher.path={MODELS / 'student'}", ("teacher.path", "student's own weights")),
+        ("data.max_prompt_tokens=5", ("data.max_prompt_tokens = 5", "Raise it to")),
+        ('rollouts.stop_tokens=["stop!"]', ("rollouts.stop_tokens = 'stop!'", "not one token")),
+        ("data.train_path=nowhere.jsonl", ("nowhere.jsonl", "missing")),
+        ("rollouts.promts_per_step=3", ("unknown key", "Did you mean rollouts.prompts_per_step?")),
+    ],
+)
+def test_bad_values_are_named_with_a_remedy(
+    override: str, parts: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A wrong value is named, with the rule it breaks."""
+    message = refused(capsys, tmp_path / "run", override)
+    for part in parts:
+        assert part in message
+
+
+def test_a_broken_jsonl_row_is_named_by_file_and_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The first bad record is refused with its place."""
+    broken = tmp_path / "train.jsonl"
+    broken.write_text('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2"\n')
+    assert f"{broken}:2" in refused(capsys, tmp_path / "run", f"data.train_path={broken}")
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Two tokenizers are compared token by token, and the first difference is shown."""
+    other = tmp_path / "teacher"
+    shutil.copytree(MODELS / "teacher", other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["7"], vocabulary["8"] = vocabulary["8"], vocabulary["7"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = refused(capsys, tmp_path / "run", f"teacher.path={other}")
+    assert "2 tokens differ" in message
+    assert "'7'" in message
+
+
+def test_several_problems_are_told_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One attempt shows everything that is wrong with the files."""
+    message = refused(capsys, tmp_path / "run", "student.path=a", "teacher.path=b")
+    assert "student.path = a" in message
+    assert "teacher.path = b" in message
+
+
+def test_dry_run_prints_the_processes_and_starts_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """``--dry-run`` checks everything and leaves no folder."""
+    assert main(["train", RECIPE, "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    for part in ("trainer", "student-0", "teacher-0", "--nproc-per-node=2"):
+        assert part in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    """``train --help`` lists the recipes and each field with default and meaning."""
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    for part in (RECIPE, "distill.reverse_kl_weight", "rl.clip_high", "curriculum.horizon_tokens"):
+        assert part in printed
+
+
+def test_doctor_reports_versions_and_what_works(capsys: pytest.CaptureFixture[str]) -> None:
+    """``doctor`` names the packages of the design, installed or not."""
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("megatron-core", "sglang", "transformer-engine", "apex", "gloo"):
+        assert part in printed
+
+
+def test_evaluating_nothing_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """``eval`` of a directory that is neither a run nor a model says what to name."""
+    assert main(["eval", str(tmp_path / "none")]) == 1
+    assert "no such directory" in capsys.readouterr().err

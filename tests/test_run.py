@@ -1,0 +1,159 @@
+"""Whole runs as a user starts them: real servers, real Megatron ranks, real NeMo-Run. Minutes: `make test-heavy`."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_distill.run_folder import RunFolder, read_json, read_lines
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1500)]
+
+SMALL = (
+    "rollouts.prompts_per_step=16",
+    "micro_batch_rollouts=8",
+    "evaluation.num_problems=8",
+    "evaluation.samples_per_problem=2",
+    "evaluation.entropy_problems=4",
+)
+
+
+def start(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "megatron_distill.cli", "train", "tiny.quickstart", "--run-dir", str(run_dir)]
+    return subprocess.Popen(
+        [*command, *SMALL, *overrides], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
+    )
+
+
+def run(run_dir: Path, *overrides: str) -> tuple[int, str]:
+    process = start(run_dir, *overrides)
+    output, _ = process.communicate(timeout=1200)
+    return process.returncode, output
+
+
+def processes_of(run_dir: Path) -> list[str]:
+    """Command lines of live processes that name a run folder, or a server that does."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(run_dir) in line and "pytest" not in line:
+            found.append(line)
+    return found
+
+
+def wait_for(condition, timeout_s: float = 900.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.3)
+
+
+def test_quickstart_leaves_a_whole_run_folder(tmp_path: Path) -> None:
+    """Two steps on student prefixes: every artefact is there, sampler and trainer agree on fresh weights and after each
+    sync, the exported student is the trained one, and no process is left behind."""
+    code, output = run(tmp_path / "run", "num_steps=3")
+    assert code == 0, output
+    folder = RunFolder(tmp_path / "run")
+    steps = folder.steps()
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    for step in steps:
+        assert step["sampler_gap_nats"] < 1e-4
+        assert step["staleness_steps"] == 0
+        assert step["missing_teacher_frac"] == 0
+        assert step["grad_norm"] > 0
+    versions = [sample["weight_version"] for sample in read_lines(folder.samples)]
+    assert set(versions) == {0, 1, 2}
+    assert [summary["step"] for summary in folder.evaluations()] == [0, 3]
+    for path in (folder.config, folder.root / "env.json", folder.report, folder.checkpoints, folder.hf):
+        assert path.exists(), path
+    assert "Avg@2" in output
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained = AutoModelForCausalLM.from_pretrained(folder.hf)
+    start_path = read_json(folder.config)["student"]["path"]
+    untrained = AutoModelForCausalLM.from_pretrained(start_path, dtype=trained.dtype)
+    assert len(AutoTokenizer.from_pretrained(folder.hf)) > 0
+    moved = [not torch.equal(a, b) for a, b in zip(trained.parameters(), untrained.parameters(), strict=True)]
+    assert all(moved)
+    assert processes_of(tmp_path / "run") == []
+
+
+def test_other_cells_and_components_share_the_path(tmp_path: Path) -> None:
+    """Teacher prefixes under reverse KL with the in-process teacher on two replicas, half and half, with cross entropy."""
+    code, output = run(
+        tmp_path / "run",
+        "num_steps=2",
+        "student.tp=1",
+        "student.dp=2",
+        "teacher.transport=in_process",
+        "rollouts.student_prefix_frac=0.5",
+        "distill.reverse_kl_weight=1",
+        "sft.weight=0.1",
+    )
+    assert code == 0, output
+    for step in RunFolder(tmp_path / "run").steps():
+        assert step["student_prefix_frac"] == 0.5
+        assert step["reverse_kl_weight"] == 1
+        assert step["cross_entropy_nats"] > 0
+        assert step["sampler_gap_nats"] < 1e-4
+
+
+def test_reinforcement_without_a_teacher(tmp_path: Path) -> None:
+    """GRPO alone starts no teacher server, logs rewards, and lags by one step where told to sync every second one."""
+    code, output = run(
+        tmp_path / "run",
+        "num_steps=2",
+        "distill.weight=0",
+        "rl.weight=1",
+        "rollouts.prompts_per_step=8",
+        "rollouts.rollouts_per_prompt=4",
+        "rollouts.sync_every_steps=2",
+        "rl.reference_kl_coef=0.01",
+    )
+    assert code == 0, output
+    folder = RunFolder(tmp_path / "run")
+    first, second = folder.steps()
+    assert (first["staleness_steps"], second["staleness_steps"]) == (0, 1)
+    for step in (first, second):
+        assert 0 <= step["reward"] <= 1
+        assert abs(step["reference_kl_nats"]) < 0.1
+    assert not list(folder.logs.glob("teacher*"))
+
+
+def test_interrupted_run_stops_everything_and_resumes(tmp_path: Path) -> None:
+    """Ctrl-C ends all processes with code 130 and keeps the checkpoint; the same command goes on from there."""
+    run_dir, folder = tmp_path / "run", RunFolder(tmp_path / "run")
+    process = start(run_dir, "num_steps=40", "save_every_steps=1")
+    wait_for(lambda: folder.latest_checkpoint_step() >= 1 or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    wait_for(lambda: processes_of(run_dir) == [], 30)
+    reached = folder.latest_checkpoint_step()
+    code, output = run(run_dir, f"num_steps={reached + 1}", "save_every_steps=1")
+    assert code == 0, output
+    assert f"resuming {run_dir} at step {reached}" in output
+    assert folder.steps()[-1]["step"] == reached + 1
+    assert folder.steps()[-1]["sampler_gap_nats"] < 1e-4  # the servers were given the checkpoint's weights
+
+
+def test_a_server_that_dies_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    """Killing the teacher's server in mid-run ends the run with code 1 and a message that names it; nothing is left."""
+    run_dir, folder = tmp_path / "run", RunFolder(tmp_path / "run")
+    process = start(run_dir, "num_steps=200")
+    wait_for(lambda: len(folder.steps()) >= 1 or process.poll() is not None)
+    port = read_json(run_dir / "endpoints" / "teacher-0.json")["url"].rsplit(":", 1)[1]
+    subprocess.run(["pkill", "-9", "-f", f"sglang.launch_server.*--port {port}"], check=True)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, output
+    assert "teacher" in output.splitlines()[-1] or "teacher" in output[-3000:]
+    assert "DistillError" in output
+    wait_for(lambda: processes_of(run_dir) == [], 30)
