@@ -37,7 +37,6 @@ from megatron_distill.launch import (
     require_success,
     role_arguments,
 )
-from megatron_distill.local import run_local
 from megatron_distill.nodes import ClusterProfile, Group, groups_of
 from megatron_distill.recipe import functions_returning, load_recipe, module_at
 from megatron_distill.run_folder import RunFolder, read_json, write_json
@@ -316,6 +315,8 @@ def load_profile(name: str) -> ClusterProfile:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """``python -m megatron_distill.cluster RUN_DIR``: all of a run inside a one-node job."""
+    from megatron_distill.local import run_local
+
     parser = argparse.ArgumentParser(prog="megatron_distill.cluster")
     parser.add_argument("run_dir", type=Path)
     folder = RunFolder(parser.parse_args(argv).run_dir)

@@ -56,7 +56,7 @@ class Plan:
         servers: {role: (memory of one of its GPUs in parts, tokens that its key-value cache then holds)}.
         wire: bytes a step that leave a process, in parts.
         student_parameters: of the whole student, as Hugging Face counts (tied matrices once).
-        teacher_parameters: likewise.
+        teacher_parameters: likewise; 0 without a teacher.
         gpu_gib: memory of a GPU.
     """
 
@@ -82,17 +82,17 @@ class Plan:
         return self.servers[role][1] >= tokens
 
 
-def plan(config: RunConfig, student: HfConfig, teacher: HfConfig, gpu_gib: float) -> Plan:
-    """Do the arithmetic for one config."""
+def plan(config: RunConfig, student: HfConfig, teacher: HfConfig | None, gpu_gib: float) -> Plan:
+    """Do the arithmetic for one config; ``teacher`` is None for a run that needs none."""
+    models = {"student": student, "teacher": teacher or student}
     return Plan(
         trainer=tuple(_trainer_memory(config, student, teacher)),
         servers={
-            role: _server_memory(config, student if role == "student" else teacher, tp, gpu_gib)
-            for role, (_, tp) in server_groups(config).items()
+            role: _server_memory(config, models[role], tp, gpu_gib) for role, (_, tp) in server_groups(config).items()
         },
         wire=tuple(_wire(config, student)),
         student_parameters=num_parameters(student),
-        teacher_parameters=num_parameters(teacher),
+        teacher_parameters=num_parameters(teacher) if teacher else 0,
         gpu_gib=gpu_gib,
     )
 
@@ -161,7 +161,7 @@ def padded_vocab_size(model: HfConfig, tp: int) -> int:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _trainer_memory(config: RunConfig, student: HfConfig, teacher: HfConfig) -> Iterator[Part]:
+def _trainer_memory(config: RunConfig, student: HfConfig, teacher: HfConfig | None) -> Iterator[Part]:
     layout = config.student
     size = _BYTES[layout.dtype]
     number = rank_parameters(student, layout.tp, layout.pp)
@@ -182,10 +182,15 @@ def _trainer_memory(config: RunConfig, student: HfConfig, teacher: HfConfig) -> 
         columns * (tokens * (8 + low_precision) + response * 8),
         f"{tokens:,} tokens x {columns:,} columns a rank, in fp32 with gradients, and the response rows again",
     )
-    if config.teacher.transport == "in_process":
-        frozen = rank_parameters(teacher, layout.tp, 1)
-        yield Part("teacher weights", frozen * size, f"{frozen:,} parameters a rank x {size} B, no gradients")
-        yield Part("teacher logits", columns * size * (tokens + response), "of one micro-batch, and its response rows")
+    frozen_models: dict[str, HfConfig] = {}
+    if teacher is not None and config.distill.weight > 0 and config.teacher.transport == "in_process":
+        frozen_models["teacher"] = teacher
+    if config.rl.reference_kl_coef > 0:
+        frozen_models["reference"] = student
+    for name, model in frozen_models.items():
+        frozen = rank_parameters(model, layout.tp, 1)
+        yield Part(f"{name} weights", frozen * size, f"{frozen:,} parameters a rank x {size} B, no gradients")
+        yield Part(f"{name} logits", columns * size * (tokens + response), "of one micro-batch, and its response rows")
 
 
 def micro_batch_tokens(config: RunConfig) -> int:
@@ -251,7 +256,7 @@ def _wire(config: RunConfig, student: HfConfig) -> Iterator[Part]:
         weights = num_parameters(student) * size
         readers = config.servers.student_replicas
         yield Part("weight sync", weights * (1 + readers), f"written once, read by {readers} student server(s)")
-    if config.teacher.transport == "sglang_topk":
+    if config.distill.weight > 0 and config.teacher.transport == "sglang_topk":
         stops = max(len(config.rollouts.stop_tokens), 1)
         # Base64 of an int32 id and an fp32 log-prob for each of the k; JSON for the token itself and each stop token.
         token = config.teacher.top_k * 8 * 4 / 3 + 36 * (1 + stops)
@@ -261,7 +266,7 @@ def _wire(config: RunConfig, student: HfConfig) -> Iterator[Part]:
 # --- remedies ---------------------------------------------------------------------------------------------------------
 
 
-def remedies(config: RunConfig, student: HfConfig, teacher: HfConfig, gpu_gib: float) -> list[str] | None:
+def remedies(config: RunConfig, student: HfConfig, teacher: HfConfig | None, gpu_gib: float) -> list[str] | None:
     """Overrides that make an overfull trainer fit: one if one suffices, else the fewest of a fixed order, added up.
 
     The order is by what they cost in speed. Only sound configs are proposed.
@@ -306,7 +311,7 @@ def _overrides(config: RunConfig, student: HfConfig) -> Iterator[str]:
             yield f"student.tp={tp}"
 
 
-def _useful(config: RunConfig, student: HfConfig, teacher: HfConfig, gpu_gib: float) -> Iterator[str]:
+def _useful(config: RunConfig, student: HfConfig, teacher: HfConfig | None, gpu_gib: float) -> Iterator[str]:
     """The overrides that are sound and lower the trainer's memory."""
     now = plan(config, student, teacher, gpu_gib).trainer_gib
     for override in _overrides(config, student):
@@ -343,24 +348,27 @@ def render(config: RunConfig, result: Plan, remedy: list[str] | None) -> str:
     """The plan as a page of text."""
     layout = config.student
     groups = ", ".join(f"{n} {role} server(s) of tp {tp}" for role, (n, tp) in server_groups(config).items())
+    teacher = f"{result.teacher_parameters:,} parameters ({config.teacher.path}), {config.teacher.transport}"
+    if not result.teacher_parameters:
+        teacher = "none"
     steps = f"{config.num_steps} steps of {config.rollouts_per_step} rollouts"
     lines = [
         f"{config.name}: {steps}, responses up to {config.max_horizon_tokens} tokens",
         f"  student   {result.student_parameters:,} parameters ({config.student.path})",
-        f"  teacher   {result.teacher_parameters:,} parameters ({config.teacher.path}), {config.teacher.transport}",
+        f"  teacher   {teacher}",
         f"  trainer   tp {layout.tp} x pp {layout.pp} x dp {layout.dp} = {config.num_ranks} ranks, {layout.dtype}",
         f"  servers   {groups}",
         f"  GPUs      {num_gpus(config)} in all, {result.gpu_gib:g} GiB each",
         "",
         "memory of the fullest trainer GPU",
         *map(_memory_line, result.trainer),
-        f"  {'sum':<16}{result.trainer_gib:9.2f} GiB  of {result.gpu_gib - RESERVE_GIB:g}, "
+        f"  {'sum':<18}{result.trainer_gib:9.2f} GiB  of {result.gpu_gib - RESERVE_GIB:g}, "
         f"{RESERVE_GIB:g} GiB being kept for CUDA and NCCL: {_verdict(result.trainer_fits)}",
     ]
     for role, (parts, tokens) in result.servers.items():
         lines += ["", f"memory of a {role} server's GPU", *map(_memory_line, parts)]
         holds = f"{tokens:,} tokens: {tokens // config.max_sequence_tokens:,} of the longest sequences at once"
-        lines.append(f"  {'cache holds':<16}{holds}: {_verdict(result.server_fits(role, config.max_sequence_tokens))}")
+        lines.append(f"  {'cache holds':<18}{holds}: {_verdict(result.server_fits(role, config.max_sequence_tokens))}")
     lines += ["", "bytes on the wire a step", *map(_memory_line, result.wire)]
     for role in result.servers:
         if not result.server_fits(role, config.max_sequence_tokens):
@@ -375,7 +383,7 @@ def render(config: RunConfig, result: Plan, remedy: list[str] | None) -> str:
 
 
 def _memory_line(part: Part) -> str:
-    return f"  {part.name:<16}{part.num_bytes / GIB:9.2f} GiB  {part.rule}"
+    return f"  {part.name:<18}{part.num_bytes / GIB:9.2f} GiB  {part.rule}"
 
 
 def _verdict(fits: bool) -> str:
@@ -397,6 +405,7 @@ def add_plan_parser(subparsers: Any) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     config = config_module.with_overrides(load_recipe(options.recipe), options.overrides)
-    student, teacher = architecture(config.student.path), architecture(config.teacher.path)
+    student = architecture(config.student.path)
+    teacher = architecture(config.teacher.path) if config.needs_teacher else None
     result = plan(config, student, teacher, options.gpu_gib)
     print(render(config, result, remedies(config, student, teacher, options.gpu_gib)))

@@ -20,6 +20,7 @@ from megatron_distill.config import (
     DistillConfig,
     EvalConfig,
     OptimizerConfig,
+    RlConfig,
     RolloutConfig,
     RunConfig,
     ServersConfig,
@@ -121,6 +122,22 @@ def b06_from_8b_1x8_4096() -> RunConfig:
 def b06_from_8b_1x8_eglc() -> RunConfig:
     """Qwen3-0.6B-Base from Qwen3-8B, 8 GPUs, entropy-gated length curriculum from 128 to 4096 tokens, reverse KL."""
     return _with_curriculum(_paper("b06_from_8b_1x8_eglc", "Qwen3-8B", 4096))
+
+
+def b06_grpo_1x8_4096() -> RunConfig:
+    """GRPO on accuracy, 8 GPUs, responses of 4096 tokens: 4 groups of 8 (the paper says 32 a batch, and no group size).
+
+    After a distillation, name its result: student.path=runs/b06_from_4b_1x8_4096_mixed/hf.
+    """
+    config = _paper("b06_grpo_1x8_4096", "", 4096)
+    return replace(
+        config,
+        teacher=TeacherConfig(),
+        rollouts=replace(config.rollouts, prompts_per_step=4, rollouts_per_prompt=8, top_p=1.0, top_k=-1),
+        distill=DistillConfig(weight=0.0),
+        rl=RlConfig(weight=1.0),
+        optimizer=OptimizerConfig(lr=1e-6, warmup_frac=0.05),
+    )
 
 
 def b8_from_32b_4x8_4096() -> RunConfig:

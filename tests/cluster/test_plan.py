@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,8 +22,9 @@ HERE = Path(__file__).parent
 BIG = functions_returning(qwen3, RunConfig)
 
 
-def models_of(config: RunConfig) -> tuple[planner.HfConfig, planner.HfConfig]:
-    return planner.architecture(config.student.path), planner.architecture(config.teacher.path)
+def models_of(config: RunConfig) -> tuple[planner.HfConfig, planner.HfConfig | None]:
+    teacher = planner.architecture(config.teacher.path) if config.needs_teacher else None
+    return planner.architecture(config.student.path), teacher
 
 
 # The totals that Hugging Face shows for these checkpoints.
@@ -69,7 +71,7 @@ def test_every_large_recipe_is_sound_fits_80_gib_and_lies_on_whole_nodes(name: s
     assert all(result.server_fits(role, config.max_sequence_tokens) for role in result.servers)
     profile = clusters.example_h100()
     nodes = sum(group.num_nodes for group in groups_of(config, profile))
-    assert nodes == int(name.split("_")[3][0])  # NxG in its name
+    assert nodes == int(re.search(r"_(\d)x8", name)[1])  # type: ignore[index]
     assert planner.num_gpus(config) == nodes * profile.gpus_per_node  # none idle
 
 
@@ -113,6 +115,16 @@ def test_memory_moves_the_way_the_settings_say():
     assert larger["activations"] == 2 * before["activations"] and larger["logits"] == 2 * before["logits"]
     wider = parts("student.tp=8")
     assert all(wider[name] < before[name] for name in before)
+
+
+def test_a_reference_policy_is_another_frozen_model():
+    config = qwen3.b06_grpo_1x8_4096()
+    student, _ = models_of(config)
+    plain = planner.plan(config, student, None, 80)
+    anchored = planner.plan(with_overrides(config, ["rl.reference_kl_coef=0.01"]), student, None, 80)
+    added = {part.name: part.num_bytes for part in anchored.trainer[len(plain.trainer) :]}
+    assert added["reference weights"] == 2 * planner.rank_parameters(student, 1, 1)
+    assert plain.wire == anchored.wire and [part.name for part in plain.wire] == ["weight sync"]
 
 
 def test_plan_prints_without_torch_models_or_servers():
