@@ -24,7 +24,7 @@ from megatron_distill import config as config_module
 from megatron_distill import endpoints
 from megatron_distill.config import RunConfig
 from megatron_distill.errors import DistillError, ServerError
-from megatron_distill.run_folder import RunFolder, write_json
+from megatron_distill.run_folder import RunFolder, read_json, write_json
 
 _POLL_S = 0.5
 _GRACE_S = 20.0
@@ -107,6 +107,8 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     from megatron_distill.vocabulary import load_vocabulary
 
     _save_and_stop_on(signal.SIGUSR1)
+    if os.environ.get("RANK", "0") == "0":
+        _record_environment(folder)
     vocabulary = load_vocabulary(
         config.student.path, config.teacher.path or config.student.path, config.rollouts.stop_tokens
     )
@@ -123,6 +125,15 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     run(config, folder, vocabulary, connect)
     if int(os.environ.get("RANK", "0")) == 0:
         write_json(folder.finished, {"time": time.time(), "step": config.num_steps})
+
+
+def _record_environment(folder: RunFolder) -> None:
+    """Put the versions and hardware of the node that trains into ``env.json``: the launcher may run on a login node."""
+    from megatron_distill.doctor import environment
+
+    path = folder.root / "env.json"
+    launched = read_json(path) if path.exists() else {}
+    write_json(path, launched | environment())
 
 
 def _serve(config: RunConfig, folder: RunFolder, role: str, index: int, host: str) -> None:
