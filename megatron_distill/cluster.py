@@ -42,7 +42,17 @@ from megatron_distill.recipe import functions_returning, load_recipe, module_at
 from megatron_distill.run_folder import RunFolder, read_json, write_json
 
 _POLL_S = 2.0
-_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+_ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "FORGOTTEN",
+)
 
 
 # --- scripts ----------------------------------------------------------------------------------------------------------
@@ -220,20 +230,24 @@ def follow(job_id: str, folder: RunFolder, console: Console) -> None:
 def job_state(job_id: str) -> str:
     """Slurm's word for a job, of its first component if it is heterogeneous: PENDING, RUNNING, COMPLETED, ...
 
-    ``squeue`` knows jobs of the last minutes; older ones are in the accounting that ``sacct`` reads. UNKNOWN if neither
-    answers, as right after submission.
+    ``squeue`` knows jobs of the last minutes, the accounting that ``sacct`` reads also older ones. FORGOTTEN is ours, for a job
+    that neither knows, and UNKNOWN for a controller that does not answer now.
     """
-    for command in (
-        ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job_id}"],
-        ["sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={job_id}"],
-    ):
-        try:
-            words = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60).stdout.split()
-        except (OSError, subprocess.TimeoutExpired):  # a busy or restarting controller: ask again later
-            continue
-        if words:
-            return words[0]
-    return "UNKNOWN"
+    known = _ask("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job_id}")
+    if known and known.stdout:
+        return known.stdout.split()[0]
+    recorded = _ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={job_id}")
+    if recorded and recorded.stdout:
+        return recorded.stdout.split()[0]
+    return "FORGOTTEN" if known and "Invalid job id" in known.stderr else "UNKNOWN"
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str] | None:
+    """Run one of Slurm's commands; None if it is not installed or takes too long."""
+    try:
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def has_ended(state: str) -> bool:

@@ -183,3 +183,28 @@ def test_a_profile_is_found_by_name_or_file(tmp_path: Path):
     assert cluster.load_profile(f"{file}:here").name == "lab"
     with pytest.raises(ConfigError, match="example_h100"):
         cluster.load_profile("labb")
+
+
+def test_a_run_folder_takes_one_job_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A waiting or running job of the folder is found again, so that launch follows it; an ended one is not. squeue forgets
+    jobs after minutes, and sacct is asked then; the stand-ins here say what a file says."""
+    folder = RunFolder(tmp_path / "run")
+    (folder.root / "launch").mkdir(parents=True)
+    for name in ("squeue", "sacct"):
+        (tmp_path / name).write_text(f'#!/bin/sh\ncat {tmp_path}/{name}.txt\necho "$@" >> {tmp_path}/asked.txt\n')
+        (tmp_path / name).chmod(0o755)
+        (tmp_path / f"{name}.txt").write_text("")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert cluster.active_job(folder) is None
+    write_json(folder.root / "launch" / "job.json", {"job_id": "42", "cluster": "lab"})
+    for waiting in ("PENDING\n", "RUNNING\nRUNNING\n", "REQUEUED\n", "COMPLETING\n"):
+        (tmp_path / "squeue.txt").write_text(waiting)
+        assert cluster.active_job(folder) == "42"
+    (tmp_path / "squeue.txt").write_text("")
+    assert cluster.active_job(folder) == "42"  # nobody answers: rather wait than submit a second one
+    (tmp_path / "sacct.txt").write_text("CANCELLED by 0\n")
+    assert cluster.active_job(folder) is None
+    (tmp_path / "sacct.txt").write_text("")
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho slurm_load_jobs error: Invalid job id specified >&2; exit 1\n")
+    assert cluster.job_state("42") == "FORGOTTEN" and cluster.active_job(folder) is None
+    assert all("42" in line for line in (tmp_path / "asked.txt").read_text().splitlines())
