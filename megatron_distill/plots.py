@@ -1,7 +1,7 @@
-"""Curves over steps as SVG text: the drawing of ``report`` and ``compare``, on matplotlib, without its global state.
+"""Curves and points as SVG text: the drawing of ``report``, ``compare`` and ``study``, on matplotlib, without its global state.
 
-In: ``Series`` of numbers, grouped into ``Panel``s. Out: one ``<svg>`` element, ready to stand in a page. Text stays text, so
-that a page's fonts apply and it can be searched.
+In: ``Series`` of numbers, grouped into ``Panel``s, or ``Cloud``s of points. Out: one ``<svg>`` element, ready to stand in a
+page. Text stays text, so that a page's fonts apply and it can be searched.
 """
 
 import io
@@ -54,7 +54,7 @@ class Series:
 
     Attributes:
         label: in the legend.
-        steps: [N] rising.
+        steps: [N] rising: the optimizer steps, or what else the figure has on its x axis.
         values: [N], nan where there is none.
         kind: "line"; "stairs", which holds each value until the next; "points", measured now and then.
         low: [N] lower ends of the values' intervals, if they have any.
@@ -78,29 +78,97 @@ class Panel:
         series: the curves; those without values are left out.
         log: logarithmic values.
         share: values are shares: the axis starts at 0 and shows at least a tenth.
+        legend: False where a panel above has the same curves in the same colours.
     """
 
     ylabel: str
     series: Sequence[Series]
     log: bool = False
     share: bool = False
+    legend: bool = True
 
 
-def curves(name: str, panels: Sequence[Panel], *, width_in: float = 5.6, height_in: float = 2.5) -> str:
-    """Panels above each other over one axis of steps.
+@dataclass(frozen=True, eq=False)
+class Cloud:
+    """Repeated measurements of two quantities, and their mean.
+
+    Attributes:
+        label: in the legend.
+        x: [N].
+        y: [N].
+        x_interval: (mean, low, high) of x; low and high are nan where there is no interval.
+        y_interval: the same of y.
+    """
+
+    label: str
+    x: Floats
+    y: Floats
+    x_interval: tuple[float, float, float]
+    y_interval: tuple[float, float, float]
+
+
+def curves(
+    name: str,
+    panels: Sequence[Panel],
+    *,
+    width_in: float = 5.6,
+    height_in: float = 2.5,
+    xlabel: str = "step",
+    xticks: Sequence[str] = (),
+) -> str:
+    """Panels above each other over one axis, of steps unless it is told otherwise.
 
     Args:
         name: of the figure; it keeps the ids inside the SVG apart from other figures' on a page.
         panels: at least one.
         width_in: of the figure, inches.
         height_in: of one panel, inches.
+        xlabel: what the series' ``steps`` are, and their unit.
+        xticks: names of the places 0, 1, ... on the x axis, where it has no numbers.
     """
     with _style(name):
         figure = Figure(figsize=(width_in, height_in * len(panels)), layout="constrained")
         all_axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
         for axes, panel in zip(all_axes, panels, strict=True):
             _draw_panel(axes, panel)
-        _label_steps(all_axes[-1])
+        if xlabel == "step":
+            _label_steps(all_axes[-1])
+        else:
+            all_axes[-1].set_xlabel(xlabel)
+        if xticks:
+            all_axes[-1].set_xticks(range(len(xticks)), xticks)
+        return _svg(figure)
+
+
+def scatter(name: str, clouds: Sequence[Cloud], *, xlabel: str, ylabel: str) -> str:
+    """One mark a cloud at its means, with both intervals; the measurements behind it are small dots.
+
+    Args:
+        name: of the figure; it keeps the ids inside the SVG apart from other figures' on a page.
+        clouds: at least one.
+        xlabel: what x is, and its unit.
+        ylabel: what y is, and its unit.
+    """
+    with _style(name):
+        figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for colour, cloud in zip(_colours(len(clouds)), clouds, strict=True):
+            (x, x_low, x_high), (y, y_low, y_high) = cloud.x_interval, cloud.y_interval
+            axes.plot(cloud.x, cloud.y, "o", color=colour, markersize=3, alpha=0.4, markeredgewidth=0)
+            axes.errorbar(
+                [x],
+                [y],
+                xerr=[[x - x_low], [x_high - x]] if np.isfinite(x_high) else None,
+                yerr=[[y - y_low], [y_high - y]] if np.isfinite(y_high) else None,
+                label=cloud.label,
+                color=colour,
+                marker="D",
+                markersize=6,
+                capsize=3,
+                linestyle="none",
+            )
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        _legend(axes, min(len(clouds), 2))
         return _svg(figure)
 
 
@@ -166,7 +234,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         tops = [series.values if series.high is None else series.high for series in present]
         top = max([0.1, *(1.1 * float(np.nanmax(values)) for values in tops)])
         axes.set_ylim(-0.03 * top, top)
-    if len(present) > 1 or any(series.label != panel.ylabel for series in present):
+    if panel.legend and (len(present) > 1 or any(series.label != panel.ylabel for series in present)):
         _legend(axes, len(present))
 
 
