@@ -1,0 +1,237 @@
+"""What a study is: arms that differ in what is asked about, seeds that each arm is repeated with, questions to the numbers.
+
+In: a function in ``recipes/`` that returns a ``Study``. Out: plain values that ``study.run_study`` follows and the results
+file repeats, so that tables, figures and verdicts can be made again without the recipe. Importing this starts nothing.
+
+    Study ── arms: Arm (a run's config), ...      each is run once for every seed, however many questions ask for it
+          └─ questions: Question ── claim          what is said to hold, in words
+                                 ├─ comparisons    the same in numbers: each is judged by itself
+                                 ├─ columns        measures of its table
+                                 └─ figures
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megatron_distill import config as config_module
+from megatron_distill.config import RunConfig
+from megatron_distill.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a run, taken at an evaluation.
+
+    Attributes:
+        label: in tables and on axes, with the unit.
+        form: format spec.
+        meaning: for the notes below the tables.
+    """
+
+    label: str
+    form: str
+    meaning: str
+
+
+MEASURES: dict[str, Measure] = {
+    "avg_at_k": Measure("Avg@k", ".3f", "mean accuracy over samples and held-out problems, judged by math-verify"),
+    "pass_at_k": Measure("Pass@k", ".3f", "share of held-out problems that any of the k samples solves"),
+    "gain_avg_at_k": Measure("Avg@k gained", "+.3f", "Avg@k at the end less Avg@k at the start of the same run"),
+    "entropy_nats": Measure(
+        "entropy, nats", ".3f", "predictive entropy per token of the student's own held-out responses"
+    ),
+    "response_tokens": Measure("length, tokens", ".1f", "mean length of held-out responses"),
+    "truncated_frac": Measure("truncated", ".3f", "share of held-out responses cut at the evaluation's cap"),
+    "horizon_tokens": Measure("horizon, tokens", ".0f", "cap on response length in the last training step"),
+    "student_tokens": Measure("tokens by student", ",.0f", "tokens that the student sampled for training"),
+    "teacher_tokens": Measure("tokens by teacher", ",.0f", "tokens that the teacher sampled for training"),
+    "sampled_tokens": Measure("sampled tokens", ",.0f", "tokens that student and teacher sampled for training"),
+    "seconds": Measure("time in steps, s", ",.0f", "seconds in training steps; neither start-up nor evaluation"),
+    "reuse_seconds": Measure(
+        "time if kept, s",
+        ",.0f",
+        "the same without sampling and scoring of responses that the teacher wrote: they do not depend on the student, so "
+        "teacher.cache_dir can keep them from an earlier run",
+    ),
+}
+"""Everything that a table, a figure or a comparison can name."""
+
+Kind = Literal["scatter", "path", "dose", "curves", "hand_off"]
+
+
+@dataclass(frozen=True)
+class StudyFigure:
+    """One figure of a question, with what stands on its axes.
+
+    Attributes:
+        name: of the file, without its suffix.
+        title: above it.
+        kind: scatter: one point an arm, ``y[0]`` against ``x``, at the end; path: an arm's evaluations joined, each of ``y``
+            against ``x``; dose: each of ``y`` at the end against the config field ``x``; curves: training metrics ``y`` over
+            the steps; hand_off: each of ``y`` before distillation, before RL and after RL.
+        y: measures; for "curves", metrics of ``metrics.jsonl``.
+        x: a measure, "step", or for "dose" a config field.
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    y: tuple[str, ...]
+    x: str = "step"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arms whose mean stands on one side of a comparison.
+
+    Attributes:
+        label: in sentences.
+        arms: their names.
+    """
+
+    label: str
+    arms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One thing that a claim says of the numbers: a measure is greater in one group of arms than in another."""
+
+    measure: str
+    greater: Group
+    lesser: Group
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Every arm that it needs."""
+        return self.greater.arms + self.lesser.arms
+
+
+@dataclass(frozen=True)
+class Question:
+    """Something to be learnt from several arms.
+
+    Attributes:
+        title: heading, e.g. "KL direction: accuracy against entropy".
+        claim: what is said to hold, one sentence, without a verdict.
+        arms: name -> label in this question: the rows of its table, and what its figures show.
+        columns: measures of its table.
+        figures: of the question.
+        comparisons: the claim in numbers.
+    """
+
+    title: str
+    claim: str
+    arms: dict[str, str]
+    columns: tuple[str, ...]
+    figures: tuple[StudyFigure, ...]
+    comparisons: tuple[Comparison, ...]
+
+    def without(self, missing: set[str]) -> "Question":
+        """The same question to fewer arms: comparisons that need a missing one are not made."""
+        return replace(
+            self,
+            arms={arm: label for arm, label in self.arms.items() if arm not in missing},
+            comparisons=tuple(one for one in self.comparisons if not missing & set(one.arms)),
+        )
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting of the study.
+
+    Attributes:
+        name: of its folder, ``runs/NAME``.
+        label: in the table of settings.
+        config: of its runs; name and seed are set for each.
+        after: an earlier arm, whose student of the same seed this one goes on with; empty: the config's own.
+    """
+
+    name: str
+    label: str
+    config: RunConfig
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms, seeds and questions.
+
+    Attributes:
+        name: of the study's folder.
+        title: of its page.
+        command: what to type to repeat it.
+        arms: in the order in which a seed's runs are made.
+        seeds: of the repetitions; intervals are taken over them.
+        questions: in the order of the page.
+        quick_arms: the arms of ``quick``.
+        quick_overrides: ``section.field=value`` that shorten the runs of ``quick``.
+    """
+
+    name: str
+    title: str
+    command: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    questions: tuple[Question, ...]
+    quick_arms: tuple[str, ...]
+    quick_overrides: tuple[str, ...]
+
+    def quick(self) -> "Study":
+        """A look at the study within minutes: its first seed, few arms, short runs. It judges nothing."""
+        kept = tuple(
+            replace(arm, config=config_module.with_overrides(arm.config, self.quick_overrides))
+            for arm in self.arms
+            if arm.name in self.quick_arms
+        )
+        missing = {arm.name for arm in self.arms} - {arm.name for arm in kept}
+        fewer = (question.without(missing) for question in self.questions)
+        return replace(
+            self,
+            name=f"{self.name}-quick",
+            title=f"{self.title} (quick look)",
+            command=f"{self.command} --quick",
+            arms=kept,
+            seeds=self.seeds[:1],
+            questions=tuple(question for question in fewer if len(question.arms) > 1),
+        )
+
+
+def check_study(study: Study) -> None:
+    """Check that the study hangs together and that every run's config is sound.
+
+    Raises:
+        ConfigError: listing all problems at once.
+    """
+    names = [arm.name for arm in study.arms]
+    problems = [f"study.arms = {name!r}: named twice. Rename one." for name, n in Counter(names).items() if n > 1]
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        problems.append(f"study.seeds = {study.seeds}: must hold different seeds, at least one, e.g. (1, 2, 3).")
+    for index, arm in enumerate(study.arms):
+        if arm.after and arm.after not in names[:index]:
+            problems.append(
+                f"study.arms[{arm.name}].after = {arm.after!r}: must be an arm before it, whose student it goes on with. "
+                f"Before it: {', '.join(names[:index]) or 'none'}."
+            )
+        problems += [f"study.arms[{arm.name}]: {problem}" for problem in config_module.problems_of(arm.config)]
+    for question in study.questions:
+        problems += [f"study.questions[{question.title}] = {problem}" for problem in _unknown(question, names)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _unknown(question: Question, arms: list[str]) -> list[str]:
+    asked = (*question.arms, *(arm for one in question.comparisons for arm in one.arms))
+    measures = [*question.columns, *(one.measure for one in question.comparisons)]
+    for figure in question.figures:
+        measures += [figure.x] if figure.kind != "dose" and figure.x != "step" else []
+        measures += figure.y if figure.kind != "curves" else ()
+    return [
+        *(f"{arm!r}: no such arm. Known: {', '.join(arms)}." for arm in dict.fromkeys(asked) if arm not in arms),
+        *(
+            f"{m!r}: no such measure. Known: {', '.join(MEASURES)}."
+            for m in dict.fromkeys(measures)
+            if m not in MEASURES
+        ),
+    ]

@@ -1,0 +1,360 @@
+"""Studies: what is run and in which order, what survives interruptions, and verdicts that follow from the numbers."""
+
+import math
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import pytest
+
+from megatron_distill import config as config_module
+from megatron_distill import study as study_module
+from megatron_distill.config import DistillConfig, RunConfig
+from megatron_distill.errors import ConfigError, DataError, DistillError
+from megatron_distill.recipe import every
+from megatron_distill.run_folder import RunFolder, append, write_json
+from megatron_distill.schedules import constant
+from megatron_distill.study import run_study
+from megatron_distill.study_claims import judge, sentence, verdict_on_claim
+from megatron_distill.study_design import MEASURES, Arm, Comparison, Group, Question, Study, StudyFigure, check_study
+from megatron_distill.study_page import main as redraw
+from megatron_distill.study_results import CURVE_POINTS, CURVES, Results, load, over_seeds, save
+from recipes import tiny
+
+NUM_STEPS = 6
+EVERY_STEPS = 3
+
+
+def made_up_run(config: RunConfig, folder: RunFolder, out: TextIO | None = None, accuracy: float = 0.5) -> None:
+    """A finished run's folder as training leaves it, with numbers that depend on the seed."""
+    folder.create()
+    config_module.save(config, folder.config)
+    write_json(folder.root / "env.json", {"python": "3.12", "cpus": 2, "packages": {"torch": "2", "apex": None}})
+    rng = np.random.default_rng(config.seed)
+    share = config.rollouts.student_prefix_frac.at(0)
+    for step in range(1, config.num_steps + 1):
+        record = {name: float(rng.uniform(0.1, 1.0)) for name in CURVES}
+        times = {"step_s": 3.0, "rollout_s": 2.0, "score_s": 0.5}
+        append(folder.metrics, record | times | {"step": step, "response_tokens": 60.0, "student_prefix_frac": share})
+    every_steps = config.evaluation.every_steps or config.num_steps
+    for step in sorted({*range(0, config.num_steps, every_steps), config.num_steps}):
+        avg = 0.3 + (accuracy - 0.3) * step / config.num_steps + float(rng.normal(0, 0.005))
+        summary = {"step": step, "num_problems": 100, "k": 4, "avg_at_k": avg, "pass_at_k": avg + 0.2}
+        summary |= {"entropy_nats": 0.2, "response_tokens": 64.0, "truncated_frac": 0.0, "stop_reasons": {"7": 400}}
+        write_json(folder.evals / f"step_{step:06d}.json", {"summary": summary, "responses": []})
+    folder.checkpoints.mkdir(exist_ok=True)
+    (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text(str(config.num_steps))
+    folder.hf.mkdir(exist_ok=True)
+    write_json(folder.finished, {"step": config.num_steps})
+
+
+def arm(name: str, weight: float, **changes: Any) -> Arm:
+    base = tiny.quickstart()
+    config = replace(
+        base,
+        num_steps=NUM_STEPS,
+        distill=DistillConfig(reverse_kl_weight=constant(weight)),
+        evaluation=replace(base.evaluation, every_steps=EVERY_STEPS),
+    )
+    return Arm(name, f"the {name} | arm", config, **changes)
+
+
+def small_study(draw: bool = False, **changes: Any) -> Study:
+    """Two arms and one that goes on from the first; if drawn, with every kind of figure, which is what takes the time."""
+    arms = (arm("low", 0.0), arm("high", 1.0), arm("then", 0.5, after="low"))
+    figures = (
+        StudyFigure("scatter", "scatter", "scatter", ("avg_at_k",), "entropy_nats"),
+        StudyFigure("path", "path", "path", ("avg_at_k", "entropy_nats"), "seconds"),
+        StudyFigure("dose", "dose", "dose", ("avg_at_k",), "distill.reverse_kl_weight"),
+        StudyFigure("curves", "curves", "curves", ("horizon_tokens", "reward")),
+        StudyFigure("hand_off", "hand-off", "hand_off", ("avg_at_k",)),
+    )
+    question = Question(
+        "High or low",
+        "High is more accurate <than> low.",
+        {one.name: one.label for one in arms},
+        ("avg_at_k", "gain_avg_at_k", "seconds", "reuse_seconds", "student_tokens", "teacher_tokens"),
+        figures if draw else (),
+        (Comparison("avg_at_k", Group("high", ("high",)), Group("low", ("low",))),),
+    )
+    study = Study("s", "A study", "megatron-distill study x.s", arms, (1, 2, 3), (question,), ("low", "high"), ())
+    return replace(study, **changes)
+
+
+Runs = list[tuple[str, int]]
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """Replaces training by made-up runs, and lists those that were made."""
+    made: Runs = []
+
+    def train(config: RunConfig, folder: RunFolder, out: TextIO) -> None:
+        name = folder.root.parent.name
+        print("a step", file=out)
+        made_up_run(config, folder, accuracy=0.8 if name == "high" else 0.5)
+        made.append((name, config.seed))
+
+    monkeypatch.setattr(study_module, "train", train)
+    return made
+
+
+def results_of(values: dict[str, list[float]]) -> Results:
+    """Results in which ``avg_at_k`` of each arm takes the given values over seeds 1, 2, ..."""
+    from megatron_distill.study_results import ArmFacts, RunResult
+
+    runs = [
+        RunResult(name, seed, [{"step": 0.0, "avg_at_k": value}], {})
+        for name, numbers in values.items()
+        for seed, value in enumerate(numbers, 1)
+    ]
+    arms = {name: ArmFacts(name, "", {}) for name in values}
+    return Results("t", "c", [1, 2, 3], arms, [], {}, {}, runs)
+
+
+HIGH_ABOVE_LOW = Comparison("avg_at_k", Group("high", ("high",)), Group("low", ("low",)))
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_made_seed_by_seed_and_hand_over_the_student(runs: Runs, tmp_path: Path) -> None:
+    """All arms of a seed come before the next seed; an arm after another starts from that arm's student of its own seed."""
+    run_study(small_study(), tmp_path)
+    assert runs == [(name, seed) for seed in (1, 2, 3) for name in ("low", "high", "then")]
+    config = config_module.load(tmp_path / "runs" / "then" / "seed_2" / "config.json")
+    assert config.student.path == str(tmp_path / "runs" / "low" / "seed_2" / "hf") and config.seed == 2
+
+
+def test_finished_runs_are_not_repeated(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second start makes what is missing; a run without finished.json counts as missing; nothing missing, nothing run."""
+    run_study(small_study(), tmp_path)
+    runs.clear()
+    (tmp_path / "runs" / "high" / "seed_3" / "finished.json").unlink()
+    run_study(small_study(), tmp_path)
+    assert runs == [("high", 3)]
+    assert "8 of 9 runs finished before" in capsys.readouterr().out
+    assert "this study shows this" in run_study(small_study(), tmp_path)
+    assert runs == [("high", 3)]
+
+
+def test_results_are_written_after_each_run_and_a_failure_stops(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third run fails: the study stops with its cause, and the results hold the two before it; then it goes on."""
+    make = study_module.train
+
+    def train(config: RunConfig, folder: RunFolder, out: TextIO) -> None:
+        if len(runs) == 2:
+            raise DistillError("trainer failed: the cause")
+        make(config, folder, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_module, "train", train)
+        with pytest.raises(DistillError, match=r"study run = then/seed_1: failed(?s:.*)trainer failed: the cause"):
+            run_study(small_study(), tmp_path)
+    assert [(run.arm, run.seed) for run in load(tmp_path / "results.json").runs] == [("low", 1), ("high", 1)]
+    assert "2 of 9 runs (under way)" in (tmp_path / "study.html").read_text()
+    run_study(small_study(), tmp_path)
+    assert len(runs) == 9 and len(load(tmp_path / "results.json").runs) == 9
+
+
+def test_a_folder_of_another_config_is_refused(runs: Runs, tmp_path: Path) -> None:
+    """Arms that changed since their runs were made must not be mixed with these."""
+    run_study(small_study(), tmp_path)
+    changed = small_study(arms=(arm("low", 0.3), *small_study().arms[1:]))
+    with pytest.raises(
+        DistillError, match=r"low/seed_1: holds a run of another config \(distill.reverse_kl_weight differ"
+    ):
+        run_study(changed, tmp_path)
+
+
+def test_unsound_studies_are_refused_with_all_problems(tmp_path: Path) -> None:
+    """Arms out of order, unknown names and broken configs are told at once, before anything starts."""
+    bad = arm("bad", 2.0, after="later")
+    question = replace(small_study().questions[0], columns=("accuracy",))
+    with pytest.raises(ConfigError) as caught:
+        run_study(small_study(arms=(bad, arm("bad", 0.0)), questions=(question,), seeds=(1, 1)), tmp_path / "new")
+    message = str(caught.value)
+    for part in (
+        "'bad': named twice",
+        "seeds = (1, 1)",
+        "after = 'later'",
+        "reverse_kl_weight = 2.0",
+        "'accuracy'",
+        "'low'",
+    ):
+        assert part in message
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", every(Study))
+def test_recipes_are_sound_whole_and_quick(name: str) -> None:
+    """Each study of ``recipes`` can be run, and so can its quick look, which has one seed and still asks something."""
+    study = every(Study)[name]()
+    check_study(study)
+    quick = study.quick()
+    check_study(quick)
+    assert len(quick.seeds) == 1 and quick.questions and len(study.seeds) >= 3
+    assert max(arm.config.num_steps for arm in quick.arms) < min(arm.config.num_steps for arm in study.arms)
+
+
+def test_the_study_shares_arms_between_questions() -> None:
+    """The tiny study asks what it was made for: the grid, five weights, three horizons, each arm run once."""
+    study = tiny.study()
+    asked = [set(question.arms) for question in study.questions]
+    assert {"teacher_forward", "teacher_reverse", "student_forward", "student_reverse"} == asked[0] == asked[1]
+    weights = [one.config.distill.reverse_kl_weight.at(0) for one in study.arms if one.name in asked[3]]
+    assert sorted(weights) == [0.0, 0.2, 0.5, 0.8, 1.0]
+    kinds = {one.config.curriculum.kind for one in study.arms if one.name in asked[2]}
+    assert kinds == {"schedule", "entropy_gated"}
+    assert len(study.arms) == len(set.union(*asked)) == 9
+
+
+# --- statistics and verdicts ------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_those_of_student() -> None:
+    """Against a textbook case, at one seed, and with values that were not measured."""
+    interval = over_seeds([1.0, 2.0, 3.0])
+    assert (interval.low, interval.high) == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)))
+    assert over_seeds([0.5]).shown(".2f") == "0.50"
+    assert over_seeds([math.nan]).shown(".2f") == "-"
+    assert over_seeds([1.0, math.nan, 2.0, 3.0]) == interval
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    """Of many intervals from 3 normal values, about 95% hold the true mean."""
+    draws = np.random.default_rng(0).normal(size=(4000, 3))
+    covered = [over_seeds(row).low <= 0 <= over_seeds(row).high for row in draws]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.012)
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "verdict", "separate"),
+    [
+        ([0.80, 0.81, 0.79], [0.50, 0.51, 0.49], "shows", True),
+        ([0.50, 0.51, 0.49], [0.80, 0.81, 0.79], "the opposite", True),
+        ([0.50, 0.60, 0.40], [0.52, 0.41, 0.58], "does not show", False),
+        ([0.90, 0.70, 0.50], [0.80, 0.61, 0.39], "shows", False),  # each seed by 0.1: pairing sees it
+        ([0.80], [0.50], "not judged", False),
+        ([], [0.50], "not judged", False),
+    ],
+)
+def test_verdicts_follow_from_the_paired_difference(
+    high: list[float], low: list[float], verdict: str, separate: bool
+) -> None:
+    """Above zero, below zero, around zero, and too few seeds; the sentence says the same, with the numbers."""
+    judgement = judge(results_of({"high": high, "low": low}), HIGH_ABOVE_LOW)
+    assert (judgement.verdict, judgement.separate) == (verdict, separate)
+    text = sentence(judgement)
+    assert f"**{verdict}**" in text
+    if len(high) == 3:
+        assert f"{np.mean(high):.3f} [" in text and ("separate" if separate else "overlap") in text
+
+
+def test_only_seeds_of_both_sides_are_compared() -> None:
+    """A seed that one side lacks is in neither side's mean: else an interrupted study would compare unlike runs."""
+    judgement = judge(results_of({"high": [0.8, 0.8, 0.1], "low": [0.5, 0.5]}), HIGH_ABOVE_LOW)
+    assert judgement.greater.mean == pytest.approx(0.8) and judgement.difference.num_seeds == 2
+
+
+def test_the_verdict_on_a_claim_needs_all_of_its_comparisons() -> None:
+    """All, none, the opposite, a part, and not yet."""
+
+    def one(high: float, low: float, seeds: int = 3) -> Any:
+        noise = [0.0, 0.01, -0.01][:seeds]
+        return judge(results_of({"high": [high + n for n in noise], "low": [low - n for n in noise]}), HIGH_ABOVE_LOW)
+
+    shows, opposite, neither, unjudged = one(0.8, 0.5), one(0.5, 0.8), one(0.5, 0.5), one(0.8, 0.5, seeds=1)
+    assert verdict_on_claim([shows, shows]) == "shows this"
+    assert verdict_on_claim([opposite]) == "shows the opposite"
+    assert verdict_on_claim([neither, neither]) == "does not show this"
+    assert verdict_on_claim([shows, neither]) == "shows this in part"
+    assert verdict_on_claim([opposite, neither]) == "shows the opposite in part"
+    assert verdict_on_claim([shows, opposite]) == "shows this in part and shows the opposite in part"
+    assert verdict_on_claim([shows, unjudged]) == verdict_on_claim([]) == "does not judge this yet"
+
+
+# --- results and pages ------------------------------------------------------------------------------------------------
+
+
+def test_costs_add_up_over_the_steps(runs: Runs, tmp_path: Path) -> None:
+    """Tokens by who sampled them, time in steps, and time without what the teacher wrote, up to each evaluation."""
+    teacher = replace(tiny.quickstart().rollouts, student_prefix_frac=constant(0.0))
+    low = arm("low", 0.0)
+    study = small_study(arms=(replace(low, config=replace(low.config, rollouts=teacher)), *small_study().arms[1:]))
+    run_study(study, tmp_path)
+    results = load(tmp_path / "results.json")
+    (first, middle, last) = results.runs_of("low")[0].evaluations
+    assert [first["seconds"], middle["seconds"], last["seconds"]] == [0, 9, 18]
+    assert last["reuse_seconds"] == pytest.approx(6 * 0.5)
+    assert (last["student_tokens"], last["teacher_tokens"]) == (0, 6 * 64 * 60)
+    on_policy = results.runs_of("high")[0].evaluations[-1]
+    assert on_policy["reuse_seconds"] == 18 and on_policy["student_tokens"] == 6 * 64 * 60
+
+
+def test_results_are_small_without_paths_and_enough_to_redraw(runs: Runs, tmp_path: Path) -> None:
+    """The file is valid JSON, loads to what was saved, names no folder, and alone gives the same pages again."""
+    run_study(small_study(draw=True), tmp_path / "study")
+    source = (tmp_path / "study" / "results.json").read_text()
+    assert str(tmp_path) not in source and str(tiny.MODELS) not in source and "NaN" not in source
+    kept = tmp_path / "kept" / "results.json"
+    kept.parent.mkdir()
+    kept.write_text(source)
+    save(load(kept), kept)
+    assert kept.read_text() == source
+    assert redraw([str(kept)]) == 0
+    for name in ("results.md", "study.html", "figures/scatter.svg", "figures/hand_off.svg"):
+        assert (kept.parent / name).read_bytes() == (tmp_path / "study" / name).read_bytes()
+
+
+def test_long_runs_stay_small(tmp_path: Path) -> None:
+    """Training metrics are kept as means of stretches, and so are not longer than a limit."""
+    folder = RunFolder(tmp_path / "run")
+    made_up_run(replace(arm("low", 0.0).config, num_steps=1000), folder)
+    from megatron_distill.study_results import read_result
+
+    curves = read_result("low", 1, folder).curves
+    assert set(curves) == {"step", *CURVES} and {len(values) for values in curves.values()} == {CURVE_POINTS}
+    assert curves["step"][0] == pytest.approx(13.0)  # the mean of steps 1 to 25
+
+
+def test_pages_hold_every_number_figure_and_measure(runs: Runs, tmp_path: Path) -> None:
+    """Markdown and page show the table's intervals, the claim escaped, the command; figures are well-formed SVG files."""
+    run_study(small_study(draw=True), tmp_path)
+    markdown, page = (tmp_path / "results.md").read_text(), (tmp_path / "study.html").read_text()
+    shown = over_seeds(load(tmp_path / "results.json").final("high", "avg_at_k").values()).shown(".3f")
+    for text in (markdown, page):
+        assert shown in text and "megatron-distill study x.s" in text and MEASURES["reuse_seconds"].meaning in text
+    assert "This study **shows this**" in markdown and "the low \\| arm" in markdown
+    assert "&lt;than&gt;" in page and "<script" not in page and "**" not in page.split("</style>")[1]
+    figures = sorted((tmp_path / "figures").iterdir())
+    assert [path.stem for path in figures] == ["curves", "dose", "hand_off", "path", "scatter"]
+    for path in figures:
+        ElementTree.parse(path)
+        assert f"figures/{path.name}" in markdown
+
+
+def test_pages_bear_studies_that_have_hardly_begun(runs: Runs, tmp_path: Path) -> None:
+    """No finished run: no figure and no number. One run of one seed: numbers without intervals, and no verdict."""
+    study = small_study(draw=True)
+    study_module._publish(study, {}, [], tmp_path)
+    assert "does not judge this yet" in (tmp_path / "results.md").read_text()
+    assert not list((tmp_path / "figures").iterdir())
+    run_study(
+        replace(study, arms=study.arms[:2], seeds=(1,), questions=(study.questions[0].without({"then"}),)), tmp_path
+    )
+    assert "one seed has no interval" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"runs": 3}', "[]"])
+def test_other_files_are_no_results(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A broken or foreign file is named, with what to give instead."""
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match="not a study's results"):
+        load(path)
+    assert redraw([str(path)]) == 1 and "results.json" in capsys.readouterr().err
