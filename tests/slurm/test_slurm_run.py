@@ -1,17 +1,22 @@
 """Whole runs as jobs of a real Slurm with emulated nodes: what only a scheduler can prove. Minutes each."""
 
+import io
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from lab import SlurmLab, install
 
+from megatron_distill import cluster
+from megatron_distill.console import Console
 from megatron_distill.run_folder import RunFolder, read_json, read_lines
+from recipes import clusters, tiny
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
@@ -95,6 +100,52 @@ def test_a_job_warned_of_its_end_saves_is_requeued_and_finishes(lab: SlurmLab, t
     assert (folder.logs / "trainer-0.out").exists() and (folder.logs / "trainer-1.out").exists()
     assert (folder.hf / "model.safetensors").exists()
     assert processes_naming(str(folder.root)) == []
+
+
+STAND_IN = """#!/bin/bash
+# In place of Python. A server sleeps; the trainer has a child, as torchrun has, which trains until it is told to stop.
+case "$*" in
+    *-server*) sleep 600 ;;
+    *) {python} {rank} ;;
+esac
+"""
+STAND_IN_RANK = """
+import os, pathlib, signal, time
+
+run = pathlib.Path({run!r})
+tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
+told = []
+signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
+if tracker.exists():
+    (run / "finished.json").write_text("{{}}")
+else:
+    while not told:
+        time.sleep(0.2)
+    tracker.parent.mkdir()
+    tracker.write_text("1")
+"""
+
+
+def test_the_time_limit_itself_warns_the_ranks_and_requeues_the_job(
+    lab: SlurmLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """No signal of ours: Slurm's --signal reaches ranks behind a parent that ignores it, spares servers and batch script, and
+    the job that is requeued finishes. The scripts are the real ones, what they start is a stand-in: minutes of sleep."""
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    rank, python = tmp_path / "rank.py", tmp_path / "python"
+    rank.write_text(STAND_IN_RANK.format(run=str(folder.root)))
+    python.write_text(STAND_IN.format(python=sys.executable, rank=rank))
+    python.chmod(0o755)
+    for name, value in lab.env.items():
+        monkeypatch.setenv(name, value)
+    profile = replace(clusters.lab(), python=str(python), time_limit="2:00", warning_s=60)
+    job_id = cluster.submit(tiny.quickstart(), profile, folder)
+    with Console(folder, 1, io.StringIO()) as console:
+        cluster.follow(job_id, folder, console)
+    assert folder.finished.exists()
+    assert "Restarts=1" in lab.slurm("scontrol", "show", "job", job_id)
+    assert processes_naming(str(tmp_path)) == []
 
 
 def test_a_failing_role_ends_the_job_and_its_cause_is_the_last_line(lab: SlurmLab, tmp_path: Path):
