@@ -258,14 +258,6 @@ class Collector:
             repetition_frac=sum(is_repetitive(g.response_ids) for g in generations) / len(generations),
         )
 
-    def load_weights(self, path: Path, version: int) -> None:
-        """Make every student server load ``path`` and prove that it did.
-
-        Raises:
-            ServerError: naming the replica that refused.
-        """
-        self.student.update_weights_from_disk(path, str(version))
-
     def close(self) -> None:
         """End the verifier's process and the connections."""
         for part in (self._verifier, self.student, self._teacher_client, self._teacher, self._off_policy):

@@ -226,6 +226,12 @@ class ServersConfig:
     teacher_replicas: int = _field(1, "teacher servers")
     student_tp: int = _field(1, "tensor-parallel size of each student server")
     teacher_tp: int = _field(1, "tensor-parallel size of each teacher server")
+    weight_sync: Literal["disk", "broadcast"] = _field(
+        "disk",
+        "how new weights reach the student's servers; disk: a directory that they can read; broadcast: a process group of "
+        "rank 0 and the servers, gloo on CPU and NCCL on GPUs",
+    )
+    sync_bucket_mib: int = _field(256, "broadcast: size of one message; rank 0 holds one at a time")
     startup_timeout_s: float = _field(600.0, "longest wait for a server's health")
     request_timeout_s: float = _field(600.0, "longest wait for one reply")
     requests_per_replica: int = _field(64, "requests in flight to one replica")
@@ -321,7 +327,9 @@ def problems_of(config: RunConfig) -> list[str]:
                 ("_replicas", "_per_step", "_per_prompt", "_per_replica", "sync_every_steps")
             ):
                 rule(value >= 1, where, "must be at least 1.")
-            elif name.startswith(("num_", "max_")) or name.endswith(("_tokens", "_problems", "_per_problem", "_s")):
+            elif name.startswith(("num_", "max_")) or name.endswith(
+                ("_tokens", "_mib", "_problems", "_per_problem", "_s")
+            ):
                 rule(value > 0, where, "must be positive.")
     for name in ("student", "teacher") if config.needs_teacher else ("student",):
         rule(bool(getattr(config, name).path), f"{name}.path", "must name a Hugging Face directory.")

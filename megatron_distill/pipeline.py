@@ -15,7 +15,6 @@ from megatron_distill import config as config_module
 from megatron_distill.config import RunConfig
 from megatron_distill.console import closing_table
 from megatron_distill.errors import DistillError
-from megatron_distill.local import train
 from megatron_distill.run_folder import RunFolder
 
 Evaluations = list[dict[str, Any]]
@@ -75,6 +74,8 @@ def run_pipeline(pipeline: Pipeline, folder: Path) -> str:
     Raises:
         DistillError: a stage failed or its gate did; later stages were not started.
     """
+    from megatron_distill.local import train  # heavy, and recipes import this module
+
     model: str | None = None
     tables = []
     for number, stage in enumerate(pipeline.stages, 1):

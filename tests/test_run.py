@@ -87,7 +87,8 @@ def test_quickstart_leaves_a_whole_run_folder(tmp_path: Path) -> None:
 
 
 def test_other_cells_and_components_share_the_path(tmp_path: Path) -> None:
-    """Teacher prefixes under reverse KL with the in-process teacher on two replicas, half and half, with cross entropy."""
+    """Half teacher's, half student's prefixes under reverse KL, the in-process teacher on two replicas, cross entropy beside
+    it, and weights that reach the server by broadcast."""
     code, output = run(
         tmp_path / "run",
         "num_steps=2",
@@ -97,6 +98,7 @@ def test_other_cells_and_components_share_the_path(tmp_path: Path) -> None:
         "rollouts.student_prefix_frac=0.5",
         "distill.reverse_kl_weight=1",
         "sft.weight=0.1",
+        "servers.weight_sync=broadcast",
     )
     assert code == 0, output
     for step in RunFolder(tmp_path / "run").steps():

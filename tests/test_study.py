@@ -79,7 +79,17 @@ def small_study(draw: bool = False, **changes: Any) -> Study:
         figures if draw else (),
         (Comparison("avg_at_k", Group("high", ("high",)), Group("low", ("low",))),),
     )
-    study = Study("s", "A study", "megatron-distill study x.s", arms, (1, 2, 3), (question,), ("low", "high"), ())
+    study = Study(
+        "s",
+        "A study",
+        "Of made-up numbers.",
+        "megatron-distill study x.s",
+        arms,
+        (1, 2, 3),
+        (question,),
+        ("low", "high"),
+        (),
+    )
     return replace(study, **changes)
 
 
@@ -111,7 +121,7 @@ def results_of(values: dict[str, list[float]]) -> Results:
         for seed, value in enumerate(numbers, 1)
     ]
     arms = {name: ArmFacts(name, "", {}) for name in values}
-    return Results("t", "c", [1, 2, 3], arms, [], {}, {}, runs)
+    return Results("t", "s", "c", [1, 2, 3], arms, [], {}, {}, runs)
 
 
 HIGH_ABOVE_LOW = Comparison("avg_at_k", Group("high", ("high",)), Group("low", ("low",)))
@@ -136,7 +146,7 @@ def test_finished_runs_are_not_repeated(runs: Runs, tmp_path: Path, capsys: pyte
     run_study(small_study(), tmp_path)
     assert runs == [("high", 3)]
     assert "8 of 9 runs finished before" in capsys.readouterr().out
-    assert "this study shows this" in run_study(small_study(), tmp_path)
+    assert "this study shows it" in run_study(small_study(), tmp_path)
     assert runs == [("high", 3)]
 
 
@@ -269,13 +279,13 @@ def test_the_verdict_on_a_claim_needs_all_of_its_comparisons() -> None:
         return judge(results_of({"high": [high + n for n in noise], "low": [low - n for n in noise]}), HIGH_ABOVE_LOW)
 
     shows, opposite, neither, unjudged = one(0.8, 0.5), one(0.5, 0.8), one(0.5, 0.5), one(0.8, 0.5, seeds=1)
-    assert verdict_on_claim([shows, shows]) == "shows this"
+    assert verdict_on_claim([shows, shows]) == "shows it"
     assert verdict_on_claim([opposite]) == "shows the opposite"
-    assert verdict_on_claim([neither, neither]) == "does not show this"
-    assert verdict_on_claim([shows, neither]) == "shows this in part"
-    assert verdict_on_claim([opposite, neither]) == "shows the opposite in part"
-    assert verdict_on_claim([shows, opposite]) == "shows this in part and shows the opposite in part"
-    assert verdict_on_claim([shows, unjudged]) == verdict_on_claim([]) == "does not judge this yet"
+    assert verdict_on_claim([neither, neither]) == "does not show it"
+    assert verdict_on_claim([shows, neither]) == "shows it in part (1 of 2 comparisons)"
+    assert verdict_on_claim([opposite, neither]) == "shows the opposite in part (1 of 2 comparisons)"
+    assert verdict_on_claim([shows, opposite]) == "shows it in part (1 of 2 comparisons) and the opposite in part (1)"
+    assert verdict_on_claim([shows, unjudged]) == verdict_on_claim([]) == "cannot judge it yet"
 
 
 # --- results and pages ------------------------------------------------------------------------------------------------
@@ -319,7 +329,7 @@ def test_long_runs_stay_small(tmp_path: Path) -> None:
 
     curves = read_result("low", 1, folder).curves
     assert set(curves) == {"step", *CURVES} and {len(values) for values in curves.values()} == {CURVE_POINTS}
-    assert curves["step"][0] == pytest.approx(13.0)  # the mean of steps 1 to 25
+    assert curves["step"][0] == pytest.approx(25.5)  # the mean of steps 1 to 50
 
 
 def test_pages_hold_every_number_figure_and_measure(runs: Runs, tmp_path: Path) -> None:
@@ -328,8 +338,13 @@ def test_pages_hold_every_number_figure_and_measure(runs: Runs, tmp_path: Path) 
     markdown, page = (tmp_path / "results.md").read_text(), (tmp_path / "study.html").read_text()
     shown = over_seeds(load(tmp_path / "results.json").final("high", "avg_at_k").values()).shown(".3f")
     for text in (markdown, page):
-        assert shown in text and "megatron-distill study x.s" in text and MEASURES["reuse_seconds"].meaning in text
-    assert "This study **shows this**" in markdown and "the low \\| arm" in markdown
+        assert (
+            shown in text
+            and "megatron-distill study x.s" in text
+            and "Of made-up" in text
+            and MEASURES["reuse_seconds"].meaning in text
+        )
+    assert "This study **shows it**" in markdown and "the low \\| arm" in markdown
     assert "&lt;than&gt;" in page and "<script" not in page and "**" not in page.split("</style>")[1]
     figures = sorted((tmp_path / "figures").iterdir())
     assert [path.stem for path in figures] == ["curves", "dose", "hand_off", "path", "scatter"]
@@ -342,7 +357,7 @@ def test_pages_bear_studies_that_have_hardly_begun(runs: Runs, tmp_path: Path) -
     """No finished run: no figure and no number. One run of one seed: numbers without intervals, and no verdict."""
     study = small_study(draw=True)
     study_module._publish(study, {}, [], tmp_path)
-    assert "does not judge this yet" in (tmp_path / "results.md").read_text()
+    assert "cannot judge it yet" in (tmp_path / "results.md").read_text()
     assert not list((tmp_path / "figures").iterdir())
     run_study(
         replace(study, arms=study.arms[:2], seeds=(1,), questions=(study.questions[0].without({"then"}),)), tmp_path

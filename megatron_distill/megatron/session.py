@@ -10,7 +10,6 @@ autograd, with parameters in sync. Whatever needs all ranks at once (gathering w
 never in the data iterator, whose ``next`` the stages of a pipeline call at different times.
 """
 
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from megatron_distill.metrics import Sums, add_sums, check_declared, means
 from megatron_distill.objective import Objective
 from megatron_distill.run_folder import RunFolder, append, read_lines
 from megatron_distill.vocabulary import Vocabulary
+from megatron_distill.weight_sync import BroadcastSync, DiskSync, WeightSync
 
 
 class Session:
@@ -135,6 +135,7 @@ class Session:
         )
         self._curriculum.replay(read_lines(self.folder.curriculum), self._step)
         self.ranks.from_leader(lambda: self._on_leader().wait_ready(self._say))
+        self._weight_sync = self._make_weight_sync()
         if self._step:
             self._sync(force=True)  # the servers came up with the weights the run began with
             if self._step < config.num_steps and self._curriculum.is_due(self._step):
@@ -176,8 +177,7 @@ class Session:
         """After ``pretrain``: export the student for transformers and SGLang, close what is open. Collective."""
         self._say("exporting the student to hf/")
         save_hf(self._chunks, self.hf_config, self.config.student.path, self.folder.hf, overwrite=True)
-        if self.ranks.rank == 0:
-            shutil.rmtree(self.folder.sync, ignore_errors=True)
+        self._weight_sync.close()
         if self._collector is not None:
             self._collector.close()
 
@@ -197,6 +197,19 @@ class Session:
             padded_vocab_size=student_padded_vocab_size(self.config, self.hf_config),
             packed_kernels=self.packed_kernels,
             device=device,
+        )
+
+    def _make_weight_sync(self) -> WeightSync:
+        client = self._on_leader().student if self.ranks.rank == 0 else None
+        servers = self.config.servers
+        if servers.weight_sync == "disk":
+            return DiskSync(self.hf_config, self.config.student.path, self.folder.sync, client)
+        return BroadcastSync(
+            self.hf_config,
+            client,
+            num_replicas=servers.student_replicas,
+            ranks_per_replica=servers.student_tp,
+            bucket_bytes=servers.sync_bucket_mib << 20,
         )
 
     def _is_sync_due(self) -> bool:
@@ -223,17 +236,7 @@ class Session:
         version = self._step
         if version == self._synced_version and not force:
             return
-        path = self.folder.sync / f"v{version:06d}"
-        save_hf(self._chunks, self.hf_config, self.config.student.path, path, overwrite=True)
-
-        def load() -> None:
-            if self.ranks.rank == 0:
-                self._on_leader().load_weights(path, version)
-                old = self.folder.sync / f"v{self._synced_version:06d}"
-                if old != path:
-                    shutil.rmtree(old, ignore_errors=True)
-
-        self.ranks.from_leader(load)
+        self._weight_sync.push(self._chunks, version)
         self._synced_version = version
 
     def _evaluate(self) -> None:
