@@ -168,7 +168,7 @@ def scatter(name: str, clouds: Sequence[Cloud], *, xlabel: str, ylabel: str) -> 
                 linestyle="none",
             )
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        _legend(axes, min(len(clouds), 2))
+        _legend(axes)
         return _svg(figure)
 
 
@@ -190,7 +190,7 @@ def stacked(name: str, steps: Floats, parts: Mapping[str, Floats], ylabel: str) 
         axes.stackplot(centres, heights, labels=list(parts), colors=COLOURS, alpha=0.85, linewidth=0)
         axes.set_ylabel(ylabel)
         axes.margins(x=0.02)
-        _legend(axes, len(parts))
+        _legend(axes)
         _label_steps(axes)
         return _svg(figure)
 
@@ -235,7 +235,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         top = max([0.1, *(1.1 * float(np.nanmax(values)) for values in tops)])
         axes.set_ylim(-0.03 * top, top)
     if panel.legend and (len(present) > 1 or any(series.label != panel.ylabel for series in present)):
-        _legend(axes, len(present))
+        _legend(axes)
 
 
 def _draw_points(axes: Axes, series: Series, colour: str) -> None:
@@ -273,8 +273,20 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _legend(axes: Axes, count: int) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(count, 5), borderaxespad=0.2, columnspacing=1.2)
+def _legend(axes: Axes) -> None:
+    """Above the axes, in as many columns as the labels leave room for."""
+    handles, labels = axes.get_legend_handles_labels()
+    room = axes.get_figure(root=True).get_figwidth() * 14  # type: ignore[union-attr]  # characters of this font, roughly
+    columns = int(room // (max(map(len, labels), default=0) + 8))
+    axes.legend(
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=min(max(columns, 1), len(labels), 5),
+        borderaxespad=0.2,
+        columnspacing=1.2,
+    )
 
 
 def _label_steps(axes: Axes) -> None:

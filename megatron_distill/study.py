@@ -85,9 +85,9 @@ def _is_finished(run: RunFolder, config: RunConfig) -> bool:
     """Whether a run need not be made.
 
     Raises:
-        DistillError: the folder holds a run of another config, finished or not.
+        DistillError: the folder holds a run of another config that has come so far that it would be kept.
     """
-    if not run.config.exists():
+    if not run.latest_checkpoint_step():
         return False
     before, now = (flatten(config_module.to_dict(one)) for one in (config_module.load(run.config), config))
     if changed := [field for field in now if now[field] != before[field]]:

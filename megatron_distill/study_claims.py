@@ -60,27 +60,30 @@ def judge(results: Results, comparison: Comparison) -> Judgement:
 
 
 def verdict_on_claim(judgements: list[Judgement]) -> str:
-    """The verdict on all comparisons of a claim together, to stand after "This study"."""
-    verdicts = {judgement.verdict for judgement in judgements}
+    """The verdict on all comparisons of a claim together, to stand after "this study"."""
+    verdicts = [judgement.verdict for judgement in judgements]
+    count = len(verdicts)
+    shown, opposite = verdicts.count("shows"), verdicts.count("the opposite")
     if not verdicts or "not judged" in verdicts:
-        return "does not judge this yet"
-    if verdicts == {"shows"}:
-        return "shows this"
-    if verdicts == {"the opposite"}:
+        return "cannot judge it yet"
+    if shown == count:
+        return "shows it"
+    if opposite == count:
         return "shows the opposite"
-    parts = [
-        text
-        for verdict, text in (("shows", "shows this in part"), ("the opposite", "shows the opposite in part"))
-        if verdict in verdicts
-    ]
-    return " and ".join(parts) or "does not show this"
+    if not shown + opposite:
+        return "does not show it"
+    if not opposite:
+        return f"shows it in part ({shown} of {count} comparisons)"
+    if not shown:
+        return f"shows the opposite in part ({opposite} of {count} comparisons)"
+    return f"shows it in part ({shown} of {count} comparisons) and the opposite in part ({opposite})"
 
 
 def sentence(judgement: Judgement) -> str:
-    """A comparison in words and numbers, e.g. ``length, tokens: reverse KL above forward KL? **shows**: 71.0 [70.1, 71.9]
+    """A comparison in words and numbers, e.g. ``length, tokens: reverse KL > forward KL: **shows**. 71.0 [70.1, 71.9]
     against ...``."""
     comparison, measure = judgement.comparison, MEASURES[judgement.comparison.measure]
-    asked = f"{measure.label}: {comparison.greater.label} above {comparison.lesser.label}"
+    asked = f"{measure.label}: {comparison.greater.label} > {comparison.lesser.label}"
     if not judgement.difference.num_seeds:
         return f"{asked}: **not judged**, for want of finished runs."
     sides = f"{judgement.greater.shown(measure.form)} against {judgement.lesser.shown(measure.form)}"

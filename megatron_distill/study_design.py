@@ -161,6 +161,7 @@ class Study:
     Attributes:
         name: of the study's folder.
         title: of its page.
+        scope: what was trained on what, and how far that carries; stands above the results.
         command: what to type to repeat it.
         arms: in the order in which a seed's runs are made.
         seeds: of the repetitions; intervals are taken over them.
@@ -171,6 +172,7 @@ class Study:
 
     name: str
     title: str
+    scope: str
     command: str
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]

@@ -47,7 +47,11 @@ def _panels(
 
 
 def _label(name: str) -> str:
-    return MEASURES[name].label if name in MEASURES else name.replace("_nats", ", nats").replace("_", " ")
+    return (
+        MEASURES[name].label
+        if name in MEASURES
+        else name.replace("_nats", ", nats").replace("_kl", " KL").replace("_", " ")
+    )
 
 
 def _scatter(results: Results, arms: Mapping[str, str], figure: StudyFigure) -> str:

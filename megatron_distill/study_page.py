@@ -100,12 +100,12 @@ def _notes(results: Results) -> list[str]:
         else ""
     )
     return [
-        f"{evaluated}In brackets: 95% t-interval of the mean over seeds; a number without brackets has one seed. All runs "
-        "answer the same held-out problems, so the intervals do not say what other problems would change.",
+        f"{evaluated}In brackets: 95% t-interval of the mean over seeds; a number without brackets has one seed, or is the same "
+        "for all. All runs answer the same held-out problems, so the intervals do not say what other problems would change.",
         "Verdicts are computed. A comparison pairs the runs of equal seeds and looks at the 95% t-interval of their "
         "difference: above 0 it **shows** what was claimed, below 0 **the opposite**, around 0 it **does not show** it, which "
-        f"with few seeds is no proof of its absence. There are {num_judged} comparisons, each judged alone: about one in "
-        "forty is expected to show something, and one in forty the opposite, by chance.",
+        f"with few seeds is no proof of its absence. Each of the {num_judged} comparisons is judged alone: where nothing "
+        "differs, chance still makes one in forty show it, and one in forty the opposite.",
         "Times are of one machine, and of runs one after the other.",
     ]
 
@@ -143,8 +143,8 @@ def _environment(results: Results) -> str:
 
 
 def _markdown(results: Results, answers: Sequence[Answer]) -> str:
-    lines = [f"# {results.title}", "", f"    {results.command}", "", _status(results), ""]
-    lines += [f"- {answer.question.title}: **{verdict_on_claim(answer.judgements)}**" for answer in answers]
+    lines = [f"# {results.title}", "", results.scope, "", f"    {results.command}", "", _status(results), ""]
+    lines += [f"- {answer.question.title}: this study **{verdict_on_claim(answer.judgements)}**" for answer in answers]
     lines += ["", *(f"{note}\n" for note in _notes(results))]
     for answer in answers:
         lines += [f"## {answer.question.title}", "", answer.headline, ""]
@@ -170,7 +170,9 @@ def _html(results: Results, answers: Sequence[Answer]) -> str:
     verdicts = html_table(
         ["question", "this study"], [[answer.question.title, verdict_on_claim(answer.judgements)] for answer in answers]
     )
-    intro = Html(f"{element('p', _status(results), 'soft')}{element('pre', results.command)}{verdicts}")
+    intro = Html(
+        f"{element('p', results.scope)}{element('pre', results.command)}{element('p', _status(results), 'soft')}{verdicts}"
+    )
     sections = [(answer.question.title, _html_answer(answer)) for answer in answers]
     notes = "".join(element("p", _bold(note)) for note in _notes(results))
     measures = html_table(
@@ -193,8 +195,10 @@ def _html_answer(answer: Answer) -> Html:
         f"<figure><figcaption>{element('b', title)}</figcaption>{svg}{reading_help(metrics)}</figure>\n"
         for _, title, svg, metrics in answer.figures
     )
+    rows = [[label, *(element("span", cell, "num") for cell in cells)] for label, *cells in answer.rows]
+    note = element("p", "Means over seeds, in brackets 95% t-intervals; bars in the figures are the same.", "soft")
     return Html(
-        f"{element('p', _bold(answer.headline))}<ul>{said}</ul>{html_table(answer.header, answer.rows)}"
+        f"{element('p', _bold(answer.headline))}<ul>{said}</ul>{html_table(answer.header, rows)}{note}<br>"
         f"{element('div', Html(figures), 'figures') if figures else ''}"
     )
 

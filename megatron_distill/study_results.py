@@ -30,8 +30,8 @@ CURVES = (
     "horizon_tokens",
     "reward",
 )
-CURVE_POINTS = 40  # of a training metric kept: means of equal stretches of steps
-SIGNIFICANT_DIGITS = 5
+CURVE_POINTS = 20  # of a training metric kept: means of equal stretches of steps
+SIGNIFICANT_DIGITS = 4
 
 # Student's t, 97.5% quantile, for 1, 2, ... 30 degrees of freedom (any table). Beyond, the last is kept: 4% too wide at most.
 _T_975 = (
@@ -58,10 +58,12 @@ class Interval:
     num_seeds: int
 
     def shown(self, form: str) -> str:
-        """E.g. ``0.81 [0.79, 0.83]``; the mean alone where there is no interval; "-" where there is nothing."""
+        """E.g. ``0.81 [0.79, 0.83]``; the mean alone where there is one seed or all agree; "-" where there is nothing."""
         if not self.num_seeds:
             return "-"
-        return f"{self.mean:{form}}" + (f" [{self.low:{form}}, {self.high:{form}}]" if self.num_seeds > 1 else "")
+        if self.num_seeds == 1 or self.low == self.high:
+            return f"{self.mean:{form}}"
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
     def overlaps(self, other: "Interval") -> bool:
         """Whether two intervals share a value."""
@@ -121,6 +123,7 @@ class Results:
 
     Attributes:
         title: of the study.
+        scope: what was trained on what, and how far that carries.
         command: what repeats it.
         seeds: planned.
         arms: name -> facts, in the study's order.
@@ -131,6 +134,7 @@ class Results:
     """
 
     title: str
+    scope: str
     command: str
     seeds: list[int]
     arms: dict[str, ArmFacts]
@@ -181,7 +185,15 @@ def collect(study: Study, folders: Mapping[tuple[str, int], RunFolder]) -> Resul
     runs = [read_result(arm, seed, folder) for (arm, seed), folder in folders.items()]
     environment = _environment(next(iter(folders.values()))) if folders else {}
     return Results(
-        study.title, study.command, list(study.seeds), arms, list(study.questions), common, environment, runs
+        study.title,
+        study.scope,
+        study.command,
+        list(study.seeds),
+        arms,
+        list(study.questions),
+        common,
+        environment,
+        runs,
     )
 
 

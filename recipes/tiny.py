@@ -27,6 +27,11 @@ from megatron_distill.study_design import Arm, Comparison, Group, Question, Stud
 MODELS = Path(__file__).parent / "tiny_models"
 SHORT_TOKENS, LONG_TOKENS = 40, 160  # of solutions of 25 to 140 tokens, cut most, or none
 STUDY_SEEDS = (1, 2, 3)
+_SCOPE = (
+    "A student of 0.13 million parameters learns chained arithmetic from a teacher of 0.7 million; solutions take 25 to 140 "
+    "tokens. The claims are those of arXiv 2605.16826, which trained language models of 0.6 billion on up to 4096 tokens: what "
+    "is or is not shown here need not be so there."
+)
 MIXED_WEIGHTS = {0.8: "student_w80", 0.5: "student_w50", 0.2: "student_w20"}
 
 
@@ -70,13 +75,8 @@ def study() -> Study:
     mixed = tuple(
         Arm(name, f"student prefix, w = {w}", _study_run(reverse_kl_weight=w)) for w, name in MIXED_WEIGHTS.items()
     )
-    gated = CurriculumConfig(
-        kind="entropy_gated",
-        ladder_tokens=(SHORT_TOKENS, 80, LONG_TOKENS),
-        stage_steps=20,
-        min_entropy_nats=0.06,  # half of what the teacher has on this task
-    )
     reverse = _study_run(reverse_kl_weight=1.0)
+    gated = replace(reverse.curriculum, kind="entropy_gated")
     horizons = (
         Arm(
             "student_reverse_short",
@@ -87,7 +87,8 @@ def study() -> Study:
     )
     return Study(
         name="tiny",
-        title="Five questions to distillation, on chained arithmetic",
+        title="Trade-offs of distillation, on chained arithmetic",
+        scope=_SCOPE,
         command="megatron-distill study tiny.study",
         arms=(*_grid(), *mixed, *horizons),
         seeds=STUDY_SEEDS,
@@ -149,6 +150,7 @@ def study_rl() -> Study:
     return Study(
         name="tiny-rl",
         title="Distil, then reinforce, on chained arithmetic",
+        scope=_SCOPE,
         command="megatron-distill study tiny.study_rl",
         arms=(*_grid(), start, *reinforced),
         seeds=STUDY_SEEDS,
@@ -180,7 +182,12 @@ def _study_run(
         num_steps=80,
         save_every_steps=20,
         rollouts=replace(base.rollouts, student_prefix_frac=constant(student_prefix_frac)),
-        curriculum=CurriculumConfig(horizon_tokens=constant(horizon_tokens)),
+        curriculum=CurriculumConfig(
+            horizon_tokens=constant(horizon_tokens),
+            ladder_tokens=(SHORT_TOKENS, 80, LONG_TOKENS),  # climbed by the gated arm alone, a rung a quarter
+            stage_steps=20,
+            min_entropy_nats=0.06,  # half of what the teacher has on this task
+        ),
         distill=DistillConfig(reverse_kl_weight=constant(reverse_kl_weight)),
         evaluation=replace(base.evaluation, every_steps=20),
     )

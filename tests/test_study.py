@@ -179,6 +179,9 @@ def test_a_folder_of_another_config_is_refused(runs: Runs, tmp_path: Path) -> No
         DistillError, match=r"low/seed_1: holds a run of another config \(distill.reverse_kl_weight differ"
     ):
         run_study(changed, tmp_path)
+    (tmp_path / "runs" / "low" / "seed_1" / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(DistillError, match="low/seed_2"):  # what never reached a checkpoint is made anew
+        run_study(changed, tmp_path)
 
 
 def test_unsound_studies_are_refused_with_all_problems(tmp_path: Path) -> None:
