@@ -7,6 +7,7 @@ the same problems in the same order, and are evaluated with the same sampling se
 paired difference over seeds: above 0 the study shows it, below 0 it shows the opposite, around 0 it does not show it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,7 +51,7 @@ class Judgement:
 def judge(results: Results, comparison: Comparison) -> Judgement:
     """Compare two groups of arms over the seeds for which all their runs have finished."""
     greater, lesser = (results.of_group(side, comparison.measure) for side in (comparison.greater, comparison.lesser))
-    seeds = [seed for seed in greater if seed in lesser]
+    seeds = [seed for seed in greater if seed in lesser and math.isfinite(greater[seed] - lesser[seed])]
     return Judgement(
         comparison,
         over_seeds(greater[seed] for seed in seeds),

@@ -100,8 +100,9 @@ def _notes(results: Results) -> list[str]:
         else ""
     )
     return [
-        f"{evaluated}In brackets: 95% t-interval of the mean over seeds; a number without brackets has one seed, or is the same "
-        "for all. All runs answer the same held-out problems, so the intervals do not say what other problems would change.",
+        f"{evaluated}In brackets: 95% t-interval of the mean over seeds; a number without brackets has one seed, or is the "
+        "same for all. All runs answer the same held-out problems, so the intervals do not say what other problems would "
+        "change.",
         "Verdicts are computed. A comparison pairs the runs of equal seeds and looks at the 95% t-interval of their "
         "difference: above 0 it **shows** what was claimed, below 0 **the opposite**, around 0 it **does not show** it, which "
         f"with few seeds is no proof of its absence. Each of the {num_judged} comparisons is judged alone: where nothing "

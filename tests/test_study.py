@@ -268,9 +268,10 @@ def test_verdicts_follow_from_the_paired_difference(
         assert f"{np.mean(high):.3f} [" in text and ("separate" if separate else "overlap") in text
 
 
-def test_only_seeds_of_both_sides_are_compared() -> None:
+@pytest.mark.parametrize("low", [[0.5, 0.5], [0.5, 0.5, math.nan]])
+def test_only_seeds_of_both_sides_are_compared(low: list[float]) -> None:
     """A seed that one side lacks is in neither side's mean: else an interrupted study would compare unlike runs."""
-    judgement = judge(results_of({"high": [0.8, 0.8, 0.1], "low": [0.5, 0.5]}), HIGH_ABOVE_LOW)
+    judgement = judge(results_of({"high": [0.8, 0.8, 0.1], "low": low}), HIGH_ABOVE_LOW)
     assert judgement.greater.mean == pytest.approx(0.8) and judgement.difference.num_seeds == 2
 
 
