@@ -196,7 +196,10 @@ def _html_answer(answer: Answer) -> Html:
         f"<figure><figcaption>{element('b', title)}</figcaption>{svg}{reading_help(metrics)}</figure>\n"
         for _, title, svg, metrics in answer.figures
     )
-    rows = [[label, *(element("span", cell, "num") for cell in cells)] for label, *cells in answer.rows]
+    rows = [
+        [label.replace(" ", "\N{NO-BREAK SPACE}"), *(element("span", cell, "num") for cell in cells)]
+        for label, *cells in answer.rows
+    ]
     note = element("p", "Means over seeds, in brackets 95% t-intervals; bars in the figures are the same.", "soft")
     return Html(
         f"{element('p', _bold(answer.headline))}<ul>{said}</ul>{html_table(answer.header, rows)}{note}<br>"

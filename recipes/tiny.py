@@ -232,7 +232,7 @@ def _prefix_source() -> Question:
         title="Prefix source: quality against compute",
         claim="Student prefixes are more accurate, and cost more compute.",
         arms={arm.name: arm.label for arm in _grid()},
-        columns=("avg_at_k", "pass_at_k", "student_tokens", "teacher_tokens", "seconds", "reuse_seconds"),
+        columns=("avg_at_k", "student_tokens", "teacher_tokens", "seconds", "reuse_seconds"),
         figures=tuple(
             StudyFigure(f"prefix_source_{x}", title, "path", ("avg_at_k",), x)
             for x, title in (
