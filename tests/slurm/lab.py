@@ -9,6 +9,7 @@ this file), containers (Debian's Slurm has no pyxis). Written for Debian 12's Sl
 """
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -103,7 +104,12 @@ class SlurmLab:
         log = (self.folder / "log" / f"{command[0]}-{len(self._daemons)}.log").open("ab")
         with log:
             daemon = subprocess.Popen(
-                command, env=os.environ | self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                command,
+                env=os.environ | self.env,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509  no threads are running where a lab is started
             )
         self._daemons.append(daemon)
 
@@ -178,6 +184,11 @@ KillWait=10
         files = f"{self.folder}/gpu[0-{self.gpus_per_node - 1}]"
         (self.folder / "gres.conf").write_text(f"Name=gpu File={files}\n")
         return "GresTypes=gpu\n"
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the lab's own process dies, however that happens (prctl PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
