@@ -55,7 +55,7 @@ def quickstart() -> RunConfig:
         ),
         curriculum=CurriculumConfig(horizon_tokens=constant(160)),
         distill=DistillConfig(reverse_kl_weight=constant(0.2)),
-        optimizer=OptimizerConfig(lr=2e-3, warmup_frac=0.1),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_frac=0.1),
         evaluation=EvalConfig(
             num_problems=100,
             samples_per_problem=4,

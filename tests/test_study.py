@@ -226,6 +226,34 @@ def test_the_study_shares_arms_between_questions() -> None:
     assert len(study.arms) == len(set.union(*asked)) == 9
 
 
+@pytest.mark.heavy
+@pytest.mark.timeout(1500)
+def test_a_study_of_real_runs(tmp_path: Path) -> None:
+    """Distillation and RL on its student, two steps each, by the real trainer and servers; then there is nothing to do."""
+    sizes = ("num_steps=2", "micro_batch_rollouts=8", "evaluation.num_problems=8", "evaluation.entropy_problems=4")
+    whole = tiny.study_rl()
+    kept = ("student_forward", "rl_from_student_forward")
+    study = replace(whole, quick_arms=kept, quick_overrides=(*sizes, "evaluation.every_steps=0")).quick()
+    arms = tuple(
+        replace(one, config=replace(one.config, rollouts=replace(one.config.rollouts, prompts_per_step=8)))
+        for one in study.arms
+    )
+    questions = tuple(question.without({one.name for one in whole.arms} - set(kept)) for question in whole.questions)
+    study = replace(study, arms=arms, questions=questions)
+    run_study(study, tmp_path)
+    results = load(tmp_path / "results.json")
+    distilled, reinforced = (results.runs_of(name)[0] for name in kept)
+    assert len(reinforced.evaluations) == len(distilled.evaluations) == 2
+    # The same weights, problems and sampling seeds: where one run ended the next began, up to near ties in sampling.
+    assert reinforced.evaluations[0]["entropy_nats"] == pytest.approx(
+        distilled.evaluations[1]["entropy_nats"], rel=0.05
+    )
+    assert "reward" in reinforced.curves and "forward_kl_nats" in distilled.curves
+    before = (tmp_path / "results.json").read_bytes()
+    run_study(study, tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
 # --- statistics and verdicts ------------------------------------------------------------------------------------------
 
 

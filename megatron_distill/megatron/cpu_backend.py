@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils._device
 
 CPU = torch.device("cpu")
 
@@ -82,6 +83,10 @@ def _to_cpu(device: Any) -> Any:
 
 
 def _redirect_devices() -> None:
+    # torch caches the set of its device constructors at first use; built after the patch, it would miss the originals, and
+    # `with torch.device(...)` (transformers' from_pretrained) would leave tensors uninitialised.
+    torch.utils._device._device_constructors()
+
     def redirect(factory: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(factory)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -124,6 +129,9 @@ class _NoStream:
         return self
 
     def __exit__(self, *exc: object) -> None: ...
+
+    def record_event(self, *args: Any) -> "_NoStream":
+        return self
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None

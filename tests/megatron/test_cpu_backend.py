@@ -22,11 +22,14 @@ import torch
 import megatron.core.tensor_parallel.random as mcore_random
 import megatron.training.initialize as initialize
 from megatron.training import training
+with torch.device("meta"):
+    made_on = str(torch.zeros(2).device)
 pretrain, step = inspect.getsource(training.pretrain), inspect.getsource(training.train)
 print("ANSWERS" + json.dumps({
     "active": active,
     "cuda_available": torch.cuda.is_available(),
     "devices": [str(t.device) for t in (torch.zeros(2, device="cuda"), torch.ones(1).cuda(), torch.ones(1).to("cuda:0"))],
+    "made_on": made_on,
     "pretrain_names_allow_no_cuda": "allow_no_cuda" in pretrain,
     "initialize_takes_allow_no_cuda": "allow_no_cuda" in inspect.signature(training.initialize_megatron.func).parameters,
     "asks_for_cuda_tensors": "device='cuda'" in pretrain,
@@ -59,6 +62,7 @@ def test_install_is_idempotent_and_keeps_cuda_unavailable(answers: dict[str, Any
     assert answers["active"] == [True, True]
     assert not answers["cuda_available"]
     assert answers["devices"] == ["cpu"] * 3
+    assert answers["made_on"] == "meta"  # `with torch.device` still works: transformers builds models under it
 
 
 def test_pretrain_offers_no_way_to_allow_cpu(answers: dict[str, Any]) -> None:
