@@ -52,7 +52,8 @@ class MicroBatch:
     Attributes:
         tokens_RL: int64, packed prompts and responses, padded with 0.
         position_ids_RL: int64, counted from each sequence's start.
-        attention_mask: bool [R, 1, L, L], True = masked (Megatron's convention).
+        attention_mask: bool [R, 1, L, L], True = masked (Megatron's convention); None for kernels that go by
+            ``sequence_starts``, since it grows with the square of the row.
         sequence_starts: int32 [N + 1], where each of the N sequences (padding counts as such) starts in the flattened
             rows, and their end: what packed attention kernels call ``cu_seqlens``.
         logits_index_T: int64, flat index into [R * L] of the logits that predict each response token.
@@ -72,7 +73,7 @@ class MicroBatch:
 
     tokens_RL: torch.Tensor
     position_ids_RL: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
     sequence_starts: torch.Tensor
     logits_index_T: torch.Tensor
     target_ids_T: torch.Tensor
@@ -121,6 +122,7 @@ def build_micro_batches(
     step: int,
     in_process_teacher: bool,
     pad_multiple: int = 8,
+    needs_mask: bool = True,
 ) -> list[MicroBatch]:
     """Cut samples into micro-batches of equal count and similar length, and pack each.
 
@@ -130,6 +132,7 @@ def build_micro_batches(
         step: 0-based: the version of the weights that will learn from them.
         in_process_teacher: every response token is scored, by the teacher beside the student.
         pad_multiple: rows are padded to a multiple of it (sequence parallelism needs a multiple of tp).
+        needs_mask: the model's attention takes a mask, and not the sequences' lengths.
     """
     num_micro_batches = len(samples) // rollouts_per_micro_batch
     assert num_micro_batches * rollouts_per_micro_batch == len(samples), (len(samples), rollouts_per_micro_batch)
@@ -140,7 +143,7 @@ def build_micro_batches(
         deal = by_length[start : start + num_micro_batches]
         for hand, sample in zip(hands if start // num_micro_batches % 2 == 0 else reversed(hands), deal, strict=True):
             hand.append(sample)
-    return [_pack(hand, step, in_process_teacher, pad_multiple) for hand in hands]
+    return [_pack(hand, step, in_process_teacher, pad_multiple, needs_mask) for hand in hands]
 
 
 def _num_tokens(sample: Sample) -> int:
@@ -163,7 +166,9 @@ def _rows(samples: Sequence[Sample], capacity: int) -> list[list[Sample]]:
     return rows
 
 
-def _pack(samples: Sequence[Sample], step: int, in_process_teacher: bool, pad_multiple: int) -> MicroBatch:
+def _pack(
+    samples: Sequence[Sample], step: int, in_process_teacher: bool, pad_multiple: int, needs_mask: bool
+) -> MicroBatch:
     longest = max(_num_tokens(sample) for sample in samples)
     row_tokens = -(-longest // pad_multiple) * pad_multiple
     rows = _rows(samples, row_tokens)
@@ -187,7 +192,7 @@ def _pack(samples: Sequence[Sample], step: int, in_process_teacher: bool, pad_mu
     return MicroBatch(
         tokens_RL=torch.from_numpy(tokens),
         position_ids_RL=torch.from_numpy(positions),
-        attention_mask=block_causal_mask(torch.from_numpy(sequence_of)),
+        attention_mask=block_causal_mask(torch.from_numpy(sequence_of)) if needs_mask else None,
         sequence_starts=_sequence_starts(sequence_of),
         logits_index_T=torch.from_numpy(np.concatenate(logits_index)),
         target_ids_T=_cat([s.rollout.response_ids for s in packed], np.int64),

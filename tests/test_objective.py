@@ -83,6 +83,7 @@ class TableModel(torch.nn.Module):
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """[R, L, V]; what attention may see decides whether the token before exists."""
+        assert batch.attention_mask is not None
         logits_RLV = self.now[batch.tokens_RL]
         sees_previous = ~batch.attention_mask[:, 0].diagonal(offset=-1, dim1=1, dim2=2)
         previous = self.before[batch.tokens_RL[:, :-1]] * sees_previous[..., None]
@@ -186,6 +187,22 @@ def test_advantages_are_relative_to_the_group() -> None:
     )
     assert [s.advantage for s in unscaled] == pytest.approx([0.5, -0.5, 0, 0])
     assert [s.policy_weight for s in unscaled] == [1, 1, 1, 0]
+
+
+def test_packed_kernels_get_lengths_instead_of_a_mask() -> None:
+    """The sequences' starts cut the flattened rows where the mask does, and no mask is built where it is not needed."""
+    samples = make_samples()
+    masked, bare = (
+        build_micro_batches(samples, 4, step=STEP, in_process_teacher=False, needs_mask=needs_mask)[0]
+        for needs_mask in (True, False)
+    )
+    assert bare.attention_mask is None
+    assert masked.attention_mask is not None
+    num_rows, row_tokens = masked.tokens_RL.shape
+    sequence_of = torch.bucketize(torch.arange(num_rows * row_tokens), bare.sequence_starts[1:], right=True)
+    rows = sequence_of.view(num_rows, row_tokens)
+    visible = (rows[:, :, None] == rows[:, None, :]) & torch.ones(row_tokens, row_tokens, dtype=torch.bool).tril()
+    assert torch.equal(~visible[:, None], masked.attention_mask)
 
 
 def test_metrics_add_up_over_micro_batches() -> None:

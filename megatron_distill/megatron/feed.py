@@ -35,6 +35,7 @@ class StepFeed:
         reverse_kl_weight: Callable[[int], float],
         scoring: Literal["server", "in_process", "none"],
         pad_multiple: int,
+        needs_mask: bool,
         device: torch.device,
     ) -> None:
         """Fill nothing yet.
@@ -46,6 +47,7 @@ class StepFeed:
             reverse_kl_weight: of a step.
             in_process_teacher: every response token is scored by the teacher beside the student.
             pad_multiple: rows are padded to a multiple of it.
+            needs_mask: attention takes a mask, and not the sequences' lengths.
             device: where the batches go.
         """
         self._ranks = ranks
@@ -54,6 +56,7 @@ class StepFeed:
         self._reverse_kl_weight = reverse_kl_weight
         self._scoring = scoring
         self._pad_multiple = pad_multiple
+        self._needs_mask = needs_mask
         self._device = device
         self._queue: deque[StepBatch] = deque()
 
@@ -77,6 +80,7 @@ class StepFeed:
             step=step,
             in_process_teacher=self._scoring == "in_process",
             pad_multiple=self._pad_multiple,
+            needs_mask=self._needs_mask,
         )
         self._queue = deque(StepBatch(batch.to(self._device), plan) for batch in batches)
         sums = add_sums(sums for _, sums in facts)

@@ -132,6 +132,7 @@ class Session:
             reverse_kl_weight=config.distill.reverse_kl_weight.at,
             scoring="in_process" if in_process else "server" if config.distill.weight else "none",
             pad_multiple=max(ROW_MULTIPLE, config.student.tp),
+            needs_mask=not self.packed_kernels,
             device=device,
         )
         self._curriculum.replay(read_lines(self.folder.curriculum), self._step)
