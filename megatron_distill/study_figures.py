@@ -41,8 +41,12 @@ def draw(results: Results, question: Question, figure: StudyFigure) -> str:
 def _panels(
     figure: StudyFigure, per_arm: dict[str, list[Series]], xlabel: str = "step", xticks: Sequence[str] = ()
 ) -> str:
-    """A panel for each of ``y``; the legend stands above the first alone, since colours mean the same in all."""
-    panels = [Panel(_label(name), series, legend=not place) for place, (name, series) in enumerate(per_arm.items())]
+    """A panel for each of ``y``; a legend stands above the first, and above any that shows other arms than it."""
+    shown = [[one.label for one in series if np.isfinite(one.values).any()] for series in per_arm.values()]
+    panels = [
+        Panel(_label(name), series, legend=not place or shown[place] != shown[0])
+        for place, (name, series) in enumerate(per_arm.items())
+    ]
     return curves(figure.name, panels, height_in=2.3, xlabel=xlabel, xticks=xticks)
 
 
