@@ -14,6 +14,9 @@ from megatron_distill.metrics import step_line
 from megatron_distill.run_folder import RunFolder
 
 _POLL_S = 0.3
+_SILENT_S = 3.0  # a phase without news for so long is shown to go on
+_SILENT_LOGGED_S = 15.0  # likewise, where lines cannot be overwritten
+_LINE_COLUMNS = 100
 
 
 class Follower:
@@ -44,7 +47,9 @@ class Console:
         self._events, self._metrics = Follower(folder.events), Follower(folder.metrics)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True, name="console")
-        self._began = time.monotonic()
+        self._began = self._last_line = time.monotonic()
+        self._phase = "starting"
+        self._is_waiting_shown = False
         self._first_step: tuple[float, float] | None = None
 
     def __enter__(self) -> "Console":
@@ -58,11 +63,33 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print one line with the seconds since the start."""
-        print(f"[{time.monotonic() - self._began:5.0f} s] {text}", file=self._out, flush=True)
+        self._erase_waiting()
+        self._last_line, self._phase = time.monotonic(), text
+        print(f"[{self._last_line - self._began:5.0f} s] {text}", file=self._out, flush=True)
 
     def _follow(self) -> None:
         while not self._stop.wait(_POLL_S):
             self._print_new()
+            self._show_waiting()
+
+    def _show_waiting(self) -> None:
+        """Name a phase that has been silent for long: in place on a terminal, else with a line now and then."""
+        now = time.monotonic()
+        is_terminal = self._out.isatty()
+        if now - self._last_line < (_SILENT_S if is_terminal else _SILENT_LOGGED_S):
+            return
+        text = f"[{now - self._began:5.0f} s] ... {self._phase}"
+        if is_terminal:
+            print(f"\r{text[:_LINE_COLUMNS]}", end="", file=self._out, flush=True)
+            self._is_waiting_shown = True
+        else:
+            self._last_line = now
+            print(text, file=self._out, flush=True)
+
+    def _erase_waiting(self) -> None:
+        if self._is_waiting_shown:
+            print(f"\r{' ' * _LINE_COLUMNS}\r", end="", file=self._out)
+            self._is_waiting_shown = False
 
     def _print_new(self) -> None:
         for event in self._events.new_records():

@@ -28,6 +28,7 @@ LAYOUTS = {
     "tp1": {},
     "tp2": {"student.tp": 2},
     "dp2": {"student.dp": 2},
+    "tp2_dp2": {"student.tp": 2, "student.dp": 2},
     "dp2_distributed_optimizer": {"student.dp": 2, "student.distributed_optimizer": True},
     "pp2": {"student.pp": 2},
     "tp2_one_micro_batch": {"student.tp": 2, "micro_batch_rollouts": 20},
