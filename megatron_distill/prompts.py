@@ -1,13 +1,10 @@
-r"""Problems: read from files, turned into prompt token ids, drawn in an order that a resumed run repeats.
+r"""Problems: read from files, and turned into prompt token ids.
 
-In flow JSON lines (or Parquet files, or a Hugging Face data set directory); out flow `Problem`s, their prompt ids, and
-an endless stream of problems.
+In flow JSON lines (or Parquet files, or a Hugging Face data set directory); out flow `Problem`s and their prompt ids. In which
+order a run visits them is a function of its seed: see `rollouts.problem_at`.
 
     problems = load_problems("train.jsonl")
     prompt_ids = encode_prompt(tokenizer, problems[0])
-    sampler = ProblemSampler(problems, seed=1)
-    batch = sampler.take(32)
-    state = sampler.state_dict()                      # JSON; a sampler that loads it goes on with problem 33
 
 Reading is strict: the first record that is not a problem is refused with its file and line. A silently dropped or
 half-read record would change what is trained on without a trace.
@@ -15,14 +12,11 @@ half-read record would change what is trained on without a trace.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from megatron_distill.errors import DataError
 
@@ -56,15 +50,6 @@ class Problem:
     messages: tuple[Message, ...]
     answer: str
     solution: str | None = None
-
-
-class SamplerState(TypedDict):
-    """Where a `ProblemSampler` stands, and what it must be loaded into."""
-
-    seed: int
-    epoch: int
-    position: int
-    fingerprint: str
 
 
 def load_problems(
@@ -259,77 +244,3 @@ def encode_prompt(
         messages, tokenize=True, add_generation_prompt=True, return_dict=False, **(template_options or {})
     )
     return list(ids)
-
-
-class ProblemSampler:
-    """An endless stream of problems: one fresh permutation per epoch, a function of (seed, epoch) alone.
-
-    Its whole state is where it stands, so it costs nothing to checkpoint and an interrupted run goes on with the very
-    next problem. Every data parallel rank may hold the same sampler: it draws no randomness but its own.
-
-    Args:
-        problems: What to draw from; at least one.
-        seed: Selects the order.
-    """
-
-    def __init__(self, problems: Sequence[Problem], seed: int) -> None:
-        if not problems:
-            raise DataError("problems = []: a sampler needs at least one problem. Check the data set.")
-        self._problems = problems
-        self._seed = seed
-        self._fingerprint = _fingerprint(problems)
-        self._start_epoch(0)
-
-    def _start_epoch(self, epoch: int) -> None:
-        self._epoch, self._position = epoch, 0
-        self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._problems))
-
-    @property
-    def epoch(self) -> int:
-        """Number of complete passes over the problems."""
-        return self._epoch
-
-    def __iter__(self) -> ProblemSampler:
-        return self
-
-    def __next__(self) -> Problem:
-        problem = self._problems[self._order[self._position]]
-        self._position += 1
-        if self._position == len(self._problems):
-            self._start_epoch(self._epoch + 1)
-        return problem
-
-    def take(self, num_problems: int) -> list[Problem]:
-        """Returns the next problems; a batch may straddle two epochs, so none is dropped."""
-        return [next(self) for _ in range(num_problems)]
-
-    def state_dict(self) -> SamplerState:
-        """Returns the state as JSON-serialisable values."""
-        return {
-            "seed": self._seed,
-            "epoch": self._epoch,
-            "position": self._position,
-            "fingerprint": self._fingerprint,
-        }
-
-    def load_state_dict(self, state: SamplerState) -> None:
-        """Goes on where `state` was taken.
-
-        Raises:
-            DataError: The state is of other problems or another seed: to go on would repeat or skip problems unseen.
-        """
-        for name, mine in (("seed", self._seed), ("fingerprint", self._fingerprint)):
-            if state[name] != mine:  # type: ignore[literal-required]
-                raise DataError(
-                    f"sampler state: {name} = {state[name]!r}, but this run's is {mine!r}: a run resumes on "  # type: ignore[literal-required]
-                    "the problems and seed it started with. Restore them, or start a new run folder."
-                )
-        self._start_epoch(state["epoch"])
-        self._position = state["position"]
-
-
-def _fingerprint(problems: Sequence[Problem]) -> str:
-    digest = hashlib.sha256()
-    for problem in problems:
-        digest.update(repr((problem.id, problem.messages, problem.answer)).encode())
-    return digest.hexdigest()[:16]

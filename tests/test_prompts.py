@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_distill.errors import DataError
-from megatron_distill.prompts import Message, Problem, ProblemSampler, encode_prompt, load_problems
+from megatron_distill.prompts import Message, Problem, encode_prompt, load_problems
 
 WriteLines = Callable[..., Path]
 
@@ -135,42 +134,3 @@ class TestEncodePrompt:
         """Without a chat template there is no right prompt to guess."""
         with pytest.raises(DataError, match="no chat template"):
             encode_prompt(self.tokenizer(None), numbered_problems(1)[0])
-
-
-class TestProblemSampler:
-    """An endless, deterministic order with a resumable state."""
-
-    def test_every_epoch_is_another_permutation(self) -> None:
-        """Each epoch holds every problem once; epochs and seeds differ in order; the same seed repeats."""
-        problems = numbered_problems(20)
-        stream = [p.id for p in islice(ProblemSampler(problems, seed=3), 60)]
-        epochs = [stream[i : i + 20] for i in (0, 20, 40)]
-        assert all(sorted(epoch, key=int) == [str(i) for i in range(20)] for epoch in epochs)
-        assert epochs[0] != epochs[1] != epochs[2]
-        assert stream == [p.id for p in islice(ProblemSampler(problems, seed=3), 60)]
-        assert stream != [p.id for p in islice(ProblemSampler(problems, seed=4), 60)]
-
-    @pytest.mark.parametrize("taken", [0, 1, 6, 7, 8, 13, 14, 40])
-    def test_resume_goes_on_with_the_next_problem(self, taken: int) -> None:
-        """A sampler loaded from JSON goes on exactly where the state was taken, at epoch borders too."""
-        problems = numbered_problems(7)
-        unbroken = ProblemSampler(problems, seed=5)
-        unbroken.take(taken)
-        resumed = ProblemSampler(problems, seed=5)
-        resumed.take(3)
-        resumed.load_state_dict(json.loads(json.dumps(unbroken.state_dict())))
-        assert resumed.epoch == unbroken.epoch == taken // 7
-        assert resumed.take(20) == unbroken.take(20)
-
-    def test_foreign_state_is_refused(self) -> None:
-        """A state of other problems or another seed cannot be resumed, and the message names which."""
-        state = ProblemSampler(numbered_problems(7), seed=5).state_dict()
-        with pytest.raises(DataError, match="seed"):
-            ProblemSampler(numbered_problems(7), seed=6).load_state_dict(state)
-        with pytest.raises(DataError, match="fingerprint"):
-            ProblemSampler(numbered_problems(8), seed=5).load_state_dict(state)
-
-    def test_no_problems_are_refused(self) -> None:
-        """An empty stream could never yield."""
-        with pytest.raises(DataError):
-            ProblemSampler([], seed=1)
