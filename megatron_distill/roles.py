@@ -162,7 +162,9 @@ def _serve(config: RunConfig, folder: RunFolder, role: str, index: int, host: st
         folder.event(f"{role} server", "ready")
         while not stopping.wait(_POLL_S):
             if not server.is_alive():
-                raise ServerError(f"{server.name}: died. {server.log_tail()}")
+                raise ServerError(
+                    f"{server.log_tail()}\n{server.name}: died. Mend its cause, then start the same command again to resume."
+                )
 
 
 if __name__ == "__main__":
