@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_distill.advantages import with_advantages
 from megatron_distill.batches import Sample
-from megatron_distill.config import RunConfig
+from megatron_distill.config import SERVER_RESERVED_TOKENS, RunConfig
 from megatron_distill.convert.hf_config import HfConfig
 from megatron_distill.curriculum import Measurement
 from megatron_distill.errors import DataError, ServerError
@@ -267,5 +267,5 @@ class Collector:
 
 
 def server_context_length(config: RunConfig) -> int:
-    """Tokens that a server must hold: the longest sequence, and the 8 places that SGLang keeps for itself."""
-    return config.max_sequence_tokens + 8
+    """Tokens that a server must hold: the longest sequence, and the places that SGLang keeps for itself."""
+    return config.max_sequence_tokens + SERVER_RESERVED_TOKENS

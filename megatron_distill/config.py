@@ -22,6 +22,9 @@ from typing import Any, Literal
 from megatron_distill.errors import ConfigError
 from megatron_distill.schedules import Schedule, constant, piecewise
 
+SERVER_RESERVED_TOKENS = 8  # places of a server's context that SGLang keeps for itself (7), and one to spare
+SERVING_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # ``StudentConfig.dtype`` as SGLang spells it
+
 
 def _field(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})

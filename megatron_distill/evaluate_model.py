@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_distill import config as config_module
 from megatron_distill.collector import server_context_length
-from megatron_distill.config import RunConfig
+from megatron_distill.config import SERVER_RESERVED_TOKENS, SERVING_DTYPES, RunConfig
 from megatron_distill.console import evaluation_line
 from megatron_distill.convert.hf_config import HfConfig
 from megatron_distill.errors import ConfigError
@@ -56,9 +56,9 @@ def evaluate_model(model: Path, problems: Path | None, out: Path | None, overrid
     keys = {"prompt_key": config.data.prompt_key, "answer_key": config.data.answer_key}
     loaded = load_problems(problems, **keys)[: config.evaluation.num_problems]
     prompts = [encode_prompt(vocabulary.tokenizer, problem) for problem in loaded]
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.student.dtype] if is_run else "auto"
+    dtype = SERVING_DTYPES[config.student.dtype] if is_run else "auto"
     length = server_context_length(config)
-    longest = max(map(len, prompts)) + config.evaluation.max_response_tokens + 8
+    longest = max(map(len, prompts)) + config.evaluation.max_response_tokens + SERVER_RESERVED_TOKENS
     server = SGLangServer(
         ServerSpec(model_dir=directory, role="eval", dtype=dtype, context_length=max(length, longest)),
         out.with_suffix(".server.log"),

@@ -6,14 +6,12 @@ In: a sound ``RunConfig``. Out: nothing, or one error with every problem found, 
 import hashlib
 from pathlib import Path
 
-from megatron_distill.config import RunConfig
+from megatron_distill.config import SERVER_RESERVED_TOKENS, RunConfig
 from megatron_distill.convert.hf_config import HfConfig
 from megatron_distill.convert.hf_files import HfDirectory
 from megatron_distill.errors import ConfigError, DistillError
 from megatron_distill.prompts import encode_prompt, load_problems
 from megatron_distill.vocabulary import load_vocabulary
-
-SGLANG_RESERVED_TOKENS = 8
 
 
 def check(config: RunConfig) -> None:
@@ -61,11 +59,11 @@ def _model_problems(config: RunConfig, models: dict[str, HfConfig]) -> list[str]
         problems.append(
             f"student.pp = {pp}: the student has {student.num_layers} layers. Set student.pp to a divisor of it."
         )
-    longest = config.max_sequence_tokens + SGLANG_RESERVED_TOKENS
+    longest = config.max_sequence_tokens + SERVER_RESERVED_TOKENS
     for role, model in models.items():
         if longest > model.max_position_embeddings:
             problems.append(
-                f"data.max_prompt_tokens + longest response + {SGLANG_RESERVED_TOKENS} = {longest}: the {role} holds "
+                f"data.max_prompt_tokens + longest response + {SERVER_RESERVED_TOKENS} = {longest}: the {role} holds "
                 f"{model.max_position_embeddings} positions. Lower curriculum.horizon_tokens, "
                 "evaluation.max_response_tokens or data.max_prompt_tokens."
             )

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from megatron_distill import config as config_module
 from megatron_distill import endpoints
-from megatron_distill.config import RunConfig
+from megatron_distill.config import SERVING_DTYPES, RunConfig
 from megatron_distill.errors import DistillError, ServerError
 from megatron_distill.run_folder import RunFolder, read_json, write_json
 
@@ -151,7 +151,7 @@ def _serve(config: RunConfig, folder: RunFolder, role: str, index: int, host: st
         model_dir=Path(model.path),
         role=f"{role}-{index}",
         host=host,
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[config.student.dtype],
+        dtype=SERVING_DTYPES[config.student.dtype],
         context_length=server_context_length(config),
         tp=tp,
     )
