@@ -15,6 +15,7 @@ A user's error is printed without a traceback and ends with code 1; Ctrl-C stops
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_distill import config as config_module
 from megatron_distill.cluster import add_launch_parser
 from megatron_distill.convert.commands import add_convert_parser
 from megatron_distill.errors import DistillError
+from megatron_distill.launch import Train
 from megatron_distill.plan import add_plan_parser
 from megatron_distill.recipe import all_recipes, load, load_recipe
 from megatron_distill.run_folder import RunFolder
@@ -77,11 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     pipeline = commands.add_parser("pipeline", help="run stages with gates between them, or resume them")
     pipeline.add_argument("name", help="module.function below recipes/, or path/to/file.py:function")
     pipeline.add_argument("--dir", type=Path, help="where the stages' run folders go (default: runs/NAME)")
+    pipeline.add_argument(
+        "--cluster", default="", metavar="PROFILE", help="run each stage as a Slurm job of this profile"
+    )
     pipeline.set_defaults(func=_pipeline)
     study = commands.add_parser("study", help="run, or resume, a study: many settings, several seeds")
     study.add_argument("name", help="module.function below recipes/, or path/to/file.py:function")
     study.add_argument("--dir", type=Path, help="where the runs and the results go (default: runs/study-NAME)")
     study.add_argument("--quick", action="store_true", help="one seed and few steps: a look, not a result")
+    study.add_argument("--cluster", default="", metavar="PROFILE", help="run each run as a Slurm job of this profile")
     study.set_defaults(func=_study)
     evaluate = commands.add_parser(
         "eval",
@@ -128,7 +134,8 @@ def _pipeline(options: argparse.Namespace) -> None:
     from megatron_distill.pipeline import Pipeline, run_pipeline
 
     pipeline = load(options.name, Pipeline)
-    print(run_pipeline(pipeline, (options.dir or Path("runs") / pipeline.name).absolute()))
+    folder = (options.dir or Path("runs") / pipeline.name).absolute()
+    print(run_pipeline(pipeline, folder, _train_on(options.cluster)))
 
 
 def _study(options: argparse.Namespace) -> None:
@@ -137,7 +144,16 @@ def _study(options: argparse.Namespace) -> None:
     study = load(options.name, Study)
     suffix = "-quick" if options.quick else ""
     folder = (options.dir or Path("runs") / f"study-{study.name}{suffix}").absolute()
-    print(run_study(study.quick() if options.quick else study, folder))
+    print(run_study(study.quick() if options.quick else study, folder, _train_on(options.cluster)))
+
+
+def _train_on(cluster: str) -> Train:
+    """What makes a run: a Slurm job of the named profile, or this machine."""
+    from megatron_distill import local
+    from megatron_distill.cluster import load_profile
+    from megatron_distill.cluster import train as train_as_job
+
+    return functools.partial(train_as_job, load_profile(cluster)) if cluster else local.train
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -23,9 +23,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_distill import config as config_module
+from megatron_distill import preflight
 from megatron_distill.config import RunConfig
 from megatron_distill.console import Console
 from megatron_distill.errors import ConfigError, DistillError
@@ -39,6 +40,7 @@ from megatron_distill.launch import (
 )
 from megatron_distill.nodes import ClusterProfile, Group, groups_of
 from megatron_distill.recipe import functions_returning, load_recipe, module_at
+from megatron_distill.report import write_report
 from megatron_distill.run_folder import RunFolder, read_json, write_json
 
 _POLL_S = 2.0
@@ -204,6 +206,39 @@ def submit(config: RunConfig, profile: ClusterProfile, folder: RunFolder) -> str
     return job_id
 
 
+def ensure_job(profile: ClusterProfile, config: RunConfig, folder: RunFolder) -> str:
+    """The run's job: the one that is waiting or running, else a new one, which resumes what the folder holds.
+
+    Returns:
+        Slurm's id of the job.
+
+    Raises:
+        DistillError: the run is unsound, or Slurm refuses it; nothing was submitted.
+    """
+    groups_of(config, profile)
+    preflight.check(config)
+    job_id = active_job(folder)
+    if job_id is None:
+        prepare_folder(config, folder)
+        config_module.save(config, folder.config)
+        write_json(folder.root / "env.json", {"command": sys.argv, "cluster": profile.name})
+        job_id = submit(config, profile, folder)
+    return job_id
+
+
+def train(profile: ClusterProfile, config: RunConfig, folder: RunFolder, out: TextIO = sys.stdout) -> None:
+    """A whole run, or the rest of one, as a Slurm job: what ``local.train`` is on one machine.
+
+    Raises:
+        DistillError: before anything is submitted, or with the first failure's cause.
+    """
+    job_id = ensure_job(profile, config, folder)
+    with Console(folder, config.num_steps, out) as console:
+        console.say(f"Slurm job {job_id}; run folder: {folder.root}; stop it with: scancel {job_id}")
+        follow(job_id, folder, console)
+    write_report(folder)
+
+
 def active_job(folder: RunFolder) -> str | None:
     """The id of this run's job, if one is waiting or running: a run folder takes one job at a time."""
     if not _job_file(folder).exists():
@@ -281,31 +316,20 @@ def add_launch_parser(subparsers: Any) -> None:
 
 
 def _launch(options: argparse.Namespace) -> None:
-    from megatron_distill import preflight
     from megatron_distill.console import closing_table
-    from megatron_distill.report import write_report
 
     config = config_module.with_overrides(load_recipe(options.recipe), options.overrides)
     profile = load_profile(options.cluster)
     folder = RunFolder((options.run_dir or Path("runs") / config.name).absolute())
-    groups_of(config, profile)
     if options.dry_run:
+        groups_of(config, profile)
         for name, text in dry_run(config, profile, folder).items():
             print(f"# --- {name} ---\n{text}")
         return
-    preflight.check(config)
-    job_id = active_job(folder)
-    if job_id is None:
-        step = prepare_folder(config, folder)
-        config_module.save(config, folder.config)
-        write_json(folder.root / "env.json", {"command": sys.argv, "cluster": profile.name})
-        job_id = submit(config, profile, folder)
-        print(f"Slurm job {job_id}, from step {step}; run folder {folder.root}; stop it with: scancel {job_id}")
     if options.detach:
+        print(f"Slurm job {ensure_job(profile, config, folder)}; the same command without --detach follows it")
         return
-    with Console(folder, config.num_steps) as console:
-        follow(job_id, folder, console)
-    write_report(folder)
+    train(profile, config, folder)
     print(f"\n{closing_table(folder.evaluations())}\n\n  report: {folder.report}\n  model:  {folder.hf}")
 
 

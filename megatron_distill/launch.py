@@ -14,15 +14,18 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_distill import config as config_module
 from megatron_distill import endpoints
 from megatron_distill.config import RunConfig
 from megatron_distill.errors import DistillError
 from megatron_distill.run_folder import RunFolder
+
+Train = Callable[[RunConfig, RunFolder, TextIO], None]
+"""Makes a whole run, or the rest of one, its progress on the stream: ``local.train``, or ``cluster.train`` of a profile."""
 
 ROLE_ENV = {
     "OMP_NUM_THREADS": "1",  # one core a rank: more threads than cores cost more than they bring

@@ -2,19 +2,23 @@
 
     stage 1 (a run) ── hf/ ──> gate ──> stage 2 (a run on that model) ── hf/ ──> gate ──> ...  ──> report
 
-Every stage is a run of its own (a NeMo-Run experiment of its own: NeMo-Run 0.11 runs later local stages although an
-earlier one failed, and exits 0). A finished stage is not repeated; a failed one is resumed by the same command.
+Every stage is a run of its own, on this machine or as a Slurm job. It is a NeMo-Run experiment of its own too, since
+NeMo-Run 0.11 runs later local stages although an earlier one failed, and exits 0. A finished stage is not repeated; a failed
+one is resumed by the same command.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_distill import config as config_module
+from megatron_distill import preflight
 from megatron_distill.config import RunConfig
 from megatron_distill.console import closing_table
-from megatron_distill.errors import DistillError
+from megatron_distill.errors import ConfigError, DistillError
+from megatron_distill.launch import Train
 from megatron_distill.run_folder import RunFolder
 
 Evaluations = list[dict[str, Any]]
@@ -61,21 +65,22 @@ def not_worse(metric: str = "avg_at_k") -> Gate:
     return judge
 
 
-def run_pipeline(pipeline: Pipeline, folder: Path) -> str:
+def run_pipeline(pipeline: Pipeline, folder: Path, train: Train) -> str:
     """Run what has not been run yet, stage by stage.
 
     Args:
         pipeline: the stages.
-        folder: a run folder for each stage goes below it.
+        folder: a run folder for each stage goes below it; absolute.
+        train: makes a stage's run, on this machine or on a cluster.
 
     Returns:
         The stages' first and last evaluations, for the console.
 
     Raises:
+        ConfigError: a stage is unsound, however late it comes; nothing was started.
         DistillError: a stage failed or its gate did; later stages were not started.
     """
-    from megatron_distill.local import train  # heavy, and recipes import this module
-
+    check_pipeline(pipeline)
     model: str | None = None
     tables = []
     for number, stage in enumerate(pipeline.stages, 1):
@@ -88,7 +93,7 @@ def run_pipeline(pipeline: Pipeline, folder: Path) -> str:
         if run.finished.exists() and run.latest_checkpoint_step() >= config.num_steps:
             print(f"  finished before: {run.root}", flush=True)
         else:
-            train(config, run)
+            train(config, run, sys.stdout)
         evaluations = run.evaluations()
         tables.append(f"{stage.name}\n{closing_table(evaluations)}")
         reason = stage.gate(evaluations)
@@ -96,3 +101,19 @@ def run_pipeline(pipeline: Pipeline, folder: Path) -> str:
             raise DistillError(f"pipeline stage {stage.name!r} = gate failed: {reason}. Report: {run.report}")
         model = str(run.hf)
     return "\n\n" + "\n\n".join(tables) + f"\n\n  runs:  {folder}\n  model: {model}"
+
+
+def check_pipeline(pipeline: Pipeline) -> None:
+    """Check every stage as far as it can be before the one before it has run: on its recipe's own student.
+
+    Raises:
+        ConfigError: naming the stage.
+    """
+    names = [stage.name for stage in pipeline.stages]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"pipeline.stages = {names}: must be one or more, of different names.")
+    for stage in pipeline.stages:
+        try:
+            preflight.check(stage.config)
+        except DistillError as error:
+            raise ConfigError(f"pipeline stage {stage.name!r}: {error}") from error

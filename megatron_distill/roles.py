@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = f"{options.role}-{os.environ.get('RANK', options.index)}"
     with _failure_reported(folder, name):
         if options.launcher_pid:
-            _end_with(options.launcher_pid)
+            _end_with(options.launcher_pid, None if options.role == "trainer" else folder)
         config = config_module.load(folder.config)
         if options.role == "trainer":
             _train(config, folder)
@@ -66,11 +66,11 @@ def _failure_reported(folder: RunFolder, name: str) -> Iterator[None]:
         os._exit(1)
 
 
-def _end_with(launcher_pid: int) -> None:
-    """End this process soon after the launcher has gone, politely at first."""
+def _end_with(launcher_pid: int, served: RunFolder | None) -> None:
+    """End this process soon after the launcher has gone, or the run that it serves has finished; politely at first."""
 
     def watch() -> None:
-        while _exists(launcher_pid):
+        while _exists(launcher_pid) and not (served and served.finished.exists()):
             time.sleep(_POLL_S)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_GRACE_S)

@@ -8,9 +8,11 @@ has:
 
     FOLDER/
       runs/ARM/seed_N/    a run folder each; a finished one is not repeated, an interrupted one is resumed
-      results.json        all that the rest is made from: small, without paths, to be kept
-      results.md          verdicts, tables        study.html    the same as a page        figures/*.svg
+      STUDY/
+        results.json      all that the rest is made from: small, without paths, to be kept
+        results.md        verdicts, tables        study.html    the same as a page        figures/*.svg
 
+Studies with arms in common make them once if they are given the same folder.
 Runs are made seed by seed, so that after a third of the time there is an answer to everything, from one seed.
 """
 
@@ -21,7 +23,7 @@ from pathlib import Path
 from megatron_distill import config as config_module
 from megatron_distill.config import RunConfig
 from megatron_distill.errors import DistillError
-from megatron_distill.local import train
+from megatron_distill.launch import Train
 from megatron_distill.report import duration
 from megatron_distill.run_folder import RunFolder
 from megatron_distill.run_record import flatten
@@ -33,12 +35,13 @@ Key = tuple[str, int]
 """A run of a study: its arm's name and its seed."""
 
 
-def run_study(study: Study, folder: Path) -> str:
+def run_study(study: Study, folder: Path, train: Train) -> str:
     """Make the runs that are missing, and write the results after each.
 
     Args:
         study: arms, seeds, questions.
-        folder: of the study; absolute.
+        folder: for the runs and the results; absolute. It may hold those of other studies.
+        train: makes a run, on this machine or on a cluster.
 
     Returns:
         The verdicts and where the results are, for the console.
@@ -59,18 +62,19 @@ def run_study(study: Study, folder: Path) -> str:
     print(
         f"{study.title}: {len(folders) - len(missing)} of {len(folders)} runs finished before, in {folder}", flush=True
     )
-    verdicts = _publish(study, folders, missing, folder)
+    results = folder / study.name
+    verdicts = _publish(study, folders, missing, results)
     began = time.monotonic()
     for number, key in enumerate(missing, 1):
         print(f"run {number}/{len(missing)}  {key[0]}, seed {key[1]} ... ", end="", flush=True)
         started = time.monotonic()
-        _train(configs[key], folders[key])
-        verdicts = _publish(study, folders, missing[number:], folder)
+        _train(configs[key], folders[key], train)
+        verdicts = _publish(study, folders, missing[number:], results)
         now = time.monotonic()
         eta = (now - began) / number * (len(missing) - number)
         told = f"; ETA {duration(eta)}" if eta else ""
         print(f"{_outcome(folders[key])}, {duration(now - started)}{told}", flush=True)
-    return f"\n{verdicts}\n\n  results: {folder / 'results.md'}\n  page:    {folder / 'study.html'}"
+    return f"\n{verdicts}\n\n  results: {results / 'results.md'}\n  page:    {results / 'study.html'}"
 
 
 def _run_config(arm: Arm, seed: int, folders: dict[Key, RunFolder]) -> RunConfig:
@@ -98,7 +102,7 @@ def _is_finished(run: RunFolder, config: RunConfig) -> bool:
     return run.finished.exists() and run.latest_checkpoint_step() >= config.num_steps
 
 
-def _train(config: RunConfig, run: RunFolder) -> None:
+def _train(config: RunConfig, run: RunFolder, train: Train) -> None:
     """One run, its console in ``logs/console.log``."""
     run.create()
     log = run.logs / "console.log"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_distill import config as config_module
+from megatron_distill import local
 from megatron_distill import study as study_module
 from megatron_distill.config import DistillConfig, RunConfig
 from megatron_distill.errors import ConfigError, DataError, DistillError
@@ -93,22 +94,19 @@ def small_study(draw: bool = False, **changes: Any) -> Study:
     return replace(study, **changes)
 
 
-Runs = list[tuple[str, int]]
+class MadeUpRuns(list[tuple[str, int]]):
+    """In place of training: makes up a run when called, and lists the arm and seed of those that it made."""
 
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    """Replaces training by made-up runs, and lists those that were made."""
-    made: Runs = []
-
-    def train(config: RunConfig, folder: RunFolder, out: TextIO) -> None:
+    def __call__(self, config: RunConfig, folder: RunFolder, out: TextIO) -> None:
         name = folder.root.parent.name
         print("a step", file=out)
         made_up_run(config, folder, accuracy=0.8 if name == "high" else 0.5)
-        made.append((name, config.seed))
+        self.append((name, config.seed))
 
-    monkeypatch.setattr(study_module, "train", train)
-    return made
+
+@pytest.fixture
+def runs() -> MadeUpRuns:
+    return MadeUpRuns()
 
 
 def results_of(values: dict[str, list[float]]) -> Results:
@@ -130,58 +128,65 @@ HIGH_ABOVE_LOW = Comparison("avg_at_k", Group("high", ("high",)), Group("low", (
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def test_runs_are_made_seed_by_seed_and_hand_over_the_student(runs: Runs, tmp_path: Path) -> None:
+def test_runs_are_made_seed_by_seed_and_hand_over_the_student(runs: MadeUpRuns, tmp_path: Path) -> None:
     """All arms of a seed come before the next seed; an arm after another starts from that arm's student of its own seed."""
-    run_study(small_study(), tmp_path)
+    run_study(small_study(), tmp_path, runs)
     assert runs == [(name, seed) for seed in (1, 2, 3) for name in ("low", "high", "then")]
     config = config_module.load(tmp_path / "runs" / "then" / "seed_2" / "config.json")
     assert config.student.path == str(tmp_path / "runs" / "low" / "seed_2" / "hf") and config.seed == 2
 
 
-def test_finished_runs_are_not_repeated(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_runs_are_not_repeated(runs: MadeUpRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A second start makes what is missing; a run without finished.json counts as missing; nothing missing, nothing run."""
-    run_study(small_study(), tmp_path)
+    run_study(small_study(), tmp_path, runs)
     runs.clear()
     (tmp_path / "runs" / "high" / "seed_3" / "finished.json").unlink()
-    run_study(small_study(), tmp_path)
+    run_study(small_study(), tmp_path, runs)
     assert runs == [("high", 3)]
     assert "8 of 9 runs finished before" in capsys.readouterr().out
-    assert "this study shows it" in run_study(small_study(), tmp_path)
+    assert "this study shows it" in run_study(small_study(), tmp_path, runs)
     assert runs == [("high", 3)]
 
 
-def test_results_are_written_after_each_run_and_a_failure_stops(
-    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_are_written_after_each_run_and_a_failure_stops(runs: MadeUpRuns, tmp_path: Path) -> None:
     """The third run fails: the study stops with its cause, and the results hold the two before it; then it goes on."""
-    make = study_module.train
 
-    def train(config: RunConfig, folder: RunFolder, out: TextIO) -> None:
+    def failing(config: RunConfig, folder: RunFolder, out: TextIO) -> None:
         if len(runs) == 2:
             raise DistillError("trainer failed: the cause")
-        make(config, folder, out)
+        runs(config, folder, out)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(study_module, "train", train)
-        with pytest.raises(DistillError, match=r"study run = then/seed_1: failed(?s:.*)trainer failed: the cause"):
-            run_study(small_study(), tmp_path)
-    assert [(run.arm, run.seed) for run in load(tmp_path / "results.json").runs] == [("low", 1), ("high", 1)]
-    assert "2 of 9 runs (under way)" in (tmp_path / "study.html").read_text()
-    run_study(small_study(), tmp_path)
-    assert len(runs) == 9 and len(load(tmp_path / "results.json").runs) == 9
+    with pytest.raises(DistillError, match=r"study run = then/seed_1: failed(?s:.*)trainer failed: the cause"):
+        run_study(small_study(), tmp_path, failing)
+    assert [(run.arm, run.seed) for run in load(tmp_path / "s" / "results.json").runs] == [("low", 1), ("high", 1)]
+    assert "2 of 9 runs (under way)" in (tmp_path / "s" / "study.html").read_text()
+    run_study(small_study(), tmp_path, runs)
+    assert len(runs) == 9 and len(load(tmp_path / "s" / "results.json").runs) == 9
 
 
-def test_a_folder_of_another_config_is_refused(runs: Runs, tmp_path: Path) -> None:
+def test_studies_in_one_folder_share_their_common_arms(runs: MadeUpRuns, tmp_path: Path) -> None:
+    """The second study makes only the arms that the first did not, and leaves the first one's results alone."""
+    first = small_study(arms=small_study().arms[:2], questions=(small_study().questions[0].without({"then"}),))
+    run_study(first, tmp_path, runs)
+    before = (tmp_path / "s" / "results.json").read_bytes()
+    runs.clear()
+    run_study(small_study(name="other"), tmp_path, runs)
+    assert runs == [("then", seed) for seed in (1, 2, 3)]
+    assert len(load(tmp_path / "other" / "results.json").runs) == 9
+    assert (tmp_path / "s" / "results.json").read_bytes() == before
+
+
+def test_a_folder_of_another_config_is_refused(runs: MadeUpRuns, tmp_path: Path) -> None:
     """Arms that changed since their runs were made must not be mixed with these."""
-    run_study(small_study(), tmp_path)
+    run_study(small_study(), tmp_path, runs)
     changed = small_study(arms=(arm("low", 0.3), *small_study().arms[1:]))
     with pytest.raises(
         DistillError, match=r"low/seed_1: holds a run of another config \(distill.reverse_kl_weight differ"
     ):
-        run_study(changed, tmp_path)
+        run_study(changed, tmp_path, runs)
     (tmp_path / "runs" / "low" / "seed_1" / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
     with pytest.raises(DistillError, match="low/seed_2"):  # what never reached a checkpoint is made anew
-        run_study(changed, tmp_path)
+        run_study(changed, tmp_path, runs)
 
 
 def test_unsound_studies_are_refused_with_all_problems(tmp_path: Path) -> None:
@@ -189,7 +194,7 @@ def test_unsound_studies_are_refused_with_all_problems(tmp_path: Path) -> None:
     bad = arm("bad", 2.0, after="later")
     question = replace(small_study().questions[0], columns=("accuracy",))
     with pytest.raises(ConfigError) as caught:
-        run_study(small_study(arms=(bad, arm("bad", 0.0)), questions=(question,), seeds=(1, 1)), tmp_path / "new")
+        run_study(small_study(arms=(bad, arm("bad", 0.0)), questions=(question,), seeds=(1, 1)), tmp_path / "new", runs)
     message = str(caught.value)
     for part in (
         "'bad': named twice",
@@ -240,8 +245,8 @@ def test_a_study_of_real_runs(tmp_path: Path) -> None:
     )
     questions = tuple(question.without({one.name for one in whole.arms} - set(kept)) for question in whole.questions)
     study = replace(study, arms=arms, questions=questions)
-    run_study(study, tmp_path)
-    results = load(tmp_path / "results.json")
+    run_study(study, tmp_path, local.train)
+    results = load(tmp_path / study.name / "results.json")
     distilled, reinforced = (results.runs_of(name)[0] for name in kept)
     assert len(reinforced.evaluations) == len(distilled.evaluations) == 2
     # The same weights, problems and sampling seeds: where one run ended the next began, up to near ties in sampling.
@@ -249,9 +254,9 @@ def test_a_study_of_real_runs(tmp_path: Path) -> None:
         distilled.evaluations[1]["entropy_nats"], rel=0.05
     )
     assert "reward" in reinforced.curves and "forward_kl_nats" in distilled.curves
-    before = (tmp_path / "results.json").read_bytes()
-    run_study(study, tmp_path)
-    assert (tmp_path / "results.json").read_bytes() == before
+    before = (tmp_path / study.name / "results.json").read_bytes()
+    run_study(study, tmp_path, local.train)
+    assert (tmp_path / study.name / "results.json").read_bytes() == before
 
 
 # --- statistics and verdicts ------------------------------------------------------------------------------------------
@@ -323,13 +328,13 @@ def test_the_verdict_on_a_claim_needs_all_of_its_comparisons() -> None:
 # --- results and pages ------------------------------------------------------------------------------------------------
 
 
-def test_costs_add_up_over_the_steps(runs: Runs, tmp_path: Path) -> None:
+def test_costs_add_up_over_the_steps(runs: MadeUpRuns, tmp_path: Path) -> None:
     """Tokens by who sampled them, time in steps, and time without what the teacher wrote, up to each evaluation."""
     teacher = replace(tiny.quickstart().rollouts, student_prefix_frac=constant(0.0))
     low = arm("low", 0.0)
     study = small_study(arms=(replace(low, config=replace(low.config, rollouts=teacher)), *small_study().arms[1:]))
-    run_study(study, tmp_path)
-    results = load(tmp_path / "results.json")
+    run_study(study, tmp_path, runs)
+    results = load(tmp_path / "s" / "results.json")
     (first, middle, last) = results.runs_of("low")[0].evaluations
     assert [first["seconds"], middle["seconds"], last["seconds"]] == [0, 9, 18]
     assert last["reuse_seconds"] == pytest.approx(6 * 0.5)
@@ -338,10 +343,10 @@ def test_costs_add_up_over_the_steps(runs: Runs, tmp_path: Path) -> None:
     assert on_policy["reuse_seconds"] == 18 and on_policy["student_tokens"] == 6 * 64 * 60
 
 
-def test_results_are_small_without_paths_and_enough_to_redraw(runs: Runs, tmp_path: Path) -> None:
+def test_results_are_small_without_paths_and_enough_to_redraw(runs: MadeUpRuns, tmp_path: Path) -> None:
     """The file is valid JSON, loads to what was saved, names no folder, and alone gives the same pages again."""
-    run_study(small_study(draw=True), tmp_path / "study")
-    source = (tmp_path / "study" / "results.json").read_text()
+    run_study(small_study(draw=True), tmp_path / "study", runs)
+    source = (tmp_path / "study" / "s" / "results.json").read_text()
     assert str(tmp_path) not in source and str(tiny.MODELS) not in source and "NaN" not in source
     kept = tmp_path / "kept" / "results.json"
     kept.parent.mkdir()
@@ -350,7 +355,7 @@ def test_results_are_small_without_paths_and_enough_to_redraw(runs: Runs, tmp_pa
     assert kept.read_text() == source
     assert redraw([str(kept)]) == 0
     for name in ("results.md", "study.html", "figures/scatter.svg", "figures/hand_off.svg"):
-        assert (kept.parent / name).read_bytes() == (tmp_path / "study" / name).read_bytes()
+        assert (kept.parent / name).read_bytes() == (tmp_path / "study" / "s" / name).read_bytes()
 
 
 def test_long_runs_stay_small(tmp_path: Path) -> None:
@@ -364,11 +369,11 @@ def test_long_runs_stay_small(tmp_path: Path) -> None:
     assert curves["step"][0] == pytest.approx(25.5)  # the mean of steps 1 to 50
 
 
-def test_pages_hold_every_number_figure_and_measure(runs: Runs, tmp_path: Path) -> None:
+def test_pages_hold_every_number_figure_and_measure(runs: MadeUpRuns, tmp_path: Path) -> None:
     """Markdown and page show the table's intervals, the claim escaped, the command; figures are well-formed SVG files."""
-    run_study(small_study(draw=True), tmp_path)
-    markdown, page = (tmp_path / "results.md").read_text(), (tmp_path / "study.html").read_text()
-    shown = over_seeds(load(tmp_path / "results.json").final("high", "avg_at_k").values()).shown(".3f")
+    run_study(small_study(draw=True), tmp_path, runs)
+    markdown, page = (tmp_path / "s" / "results.md").read_text(), (tmp_path / "s" / "study.html").read_text()
+    shown = over_seeds(load(tmp_path / "s" / "results.json").final("high", "avg_at_k").values()).shown(".3f")
     for text in (markdown, page):
         assert (
             shown in text
@@ -378,29 +383,31 @@ def test_pages_hold_every_number_figure_and_measure(runs: Runs, tmp_path: Path) 
         )
     assert "This study **shows it**" in markdown and "the low \\| arm" in markdown
     assert "&lt;than&gt;" in page and "<script" not in page and "**" not in page.split("</style>")[1]
-    figures = sorted((tmp_path / "figures").iterdir())
+    figures = sorted((tmp_path / "s" / "figures").iterdir())
     assert [path.stem for path in figures] == ["curves", "dose", "hand_off", "path", "scatter"]
     for path in figures:
         ElementTree.parse(path)
         assert f"figures/{path.name}" in markdown
 
 
-def test_pages_bear_studies_that_have_hardly_begun(runs: Runs, tmp_path: Path) -> None:
+def test_pages_bear_studies_that_have_hardly_begun(runs: MadeUpRuns, tmp_path: Path) -> None:
     """No finished run: no figure and no number. One run of one seed: numbers without intervals, and no verdict."""
     study = small_study(draw=True)
-    study_module._publish(study, {}, [], tmp_path)
-    assert "cannot judge it yet" in (tmp_path / "results.md").read_text()
-    assert not list((tmp_path / "figures").iterdir())
+    study_module._publish(study, {}, [], tmp_path / "s")
+    assert "cannot judge it yet" in (tmp_path / "s" / "results.md").read_text()
+    assert not list((tmp_path / "s" / "figures").iterdir())
     run_study(
-        replace(study, arms=study.arms[:2], seeds=(1,), questions=(study.questions[0].without({"then"}),)), tmp_path
+        replace(study, arms=study.arms[:2], seeds=(1,), questions=(study.questions[0].without({"then"}),)),
+        tmp_path,
+        runs,
     )
-    assert "one seed has no interval" in (tmp_path / "results.md").read_text()
+    assert "one seed has no interval" in (tmp_path / "s" / "results.md").read_text()
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"runs": 3}', "[]"])
 def test_other_files_are_no_results(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A broken or foreign file is named, with what to give instead."""
-    path = tmp_path / "results.json"
+    path = tmp_path / "s" / "results.json"
     path.write_text(content)
     with pytest.raises(DataError, match="not a study's results"):
         load(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from lab import SlurmLab, install
 
-from megatron_distill import cluster
+from megatron_distill import cluster, config
 from megatron_distill.console import Console
 from megatron_distill.run_folder import RunFolder, read_json, read_lines
 from recipes import clusters, tiny
@@ -32,6 +32,18 @@ def gpu_node() -> ClusterProfile:
     """Nodes that say they have 4 GPUs, so that the run fits one of them; its processes find none and use the CPU."""
     return replace(clusters.lab(), gpus_per_node=4)
 '''
+PIPELINE = """
+from dataclasses import replace
+from megatron_distill import config
+from megatron_distill.pipeline import Pipeline
+from recipes import tiny_rl
+
+def short() -> Pipeline:
+    whole = tiny_rl.pipeline()
+    shortened = [config.with_overrides(stage.config, {overrides!r}) for stage in whole.stages]
+    stages = [replace(stage, config=one, gate=lambda evaluations: None) for stage, one in zip(whole.stages, shortened)]
+    return replace(whole, stages=tuple(stages))
+"""
 SHORT = [
     "num_steps=4",
     "rollouts.prompts_per_step=16",
@@ -108,6 +120,28 @@ def test_a_job_warned_of_its_end_saves_is_requeued_and_finishes(lab: SlurmLab, t
     assert (folder.logs / "trainer-0.out").exists() and (folder.logs / "trainer-1.out").exists()
     assert (folder.hf / "model.safetensors").exists()
     wait_until_none_names(str(folder.root))
+
+
+def test_a_pipeline_distils_and_then_reinforces_in_two_jobs(lab: SlurmLab, tmp_path: Path):
+    """Two trainer nodes each time: beside a student and a teacher server to distil, beside a student server for RL, which
+    begins with what distillation ended with."""
+    recipe = lab.folder / "pipeline.py"
+    recipe.write_text(PIPELINE.format(overrides=[*SHORT, "num_steps=2"]))
+    command = [sys.executable, "-m", "megatron_distill.cli", "pipeline", f"{recipe}:short", "--dir", str(tmp_path)]
+    command += ["--cluster", f"{lab.folder / 'profiles.py'}:cpu_nodes"]
+    done = subprocess.run(command, env=os.environ | lab.env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    stages = {name: RunFolder(tmp_path / name) for name in ("distil", "rl")}
+    for name, groups in (("distil", 3), ("rl", 2)):
+        job_id = read_json(stages[name].root / "launch" / "job.json")["job_id"]
+        states = lab.slurm("sacct", "-n", "-X", "-P", "--format=State", f"--jobs={job_id}").split()
+        assert states == ["COMPLETED"] * groups
+        assert (stages[name].logs / "trainer-1.out").exists()
+    assert "forward_kl_nats" in read_lines(stages["distil"].metrics)[-1]
+    assert "reward" in read_lines(stages["rl"].metrics)[-1]
+    assert config.load(stages["rl"].config).student.path == str(stages["distil"].hf)
+    wait_until_none_names(str(tmp_path))
 
 
 STAND_IN = """#!/bin/bash

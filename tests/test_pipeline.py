@@ -1,0 +1,93 @@
+"""Pipelines: the order of stages, what they hand over, gates, and what survives a failure. Training is made up."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+from megatron_distill import config as config_module
+from megatron_distill.config import RunConfig
+from megatron_distill.errors import ConfigError, DistillError
+from megatron_distill.pipeline import Evaluations, Pipeline, Stage, not_worse, run_pipeline
+from megatron_distill.recipe import every
+from megatron_distill.run_folder import RunFolder, write_json
+from recipes import tiny
+
+
+class MadeUpStages(list[str]):
+    """In place of training: leaves a finished run of the given accuracies, and lists the stages that it made."""
+
+    def __init__(self, **accuracy: tuple[float, float]) -> None:
+        self.accuracy = accuracy
+
+    def __call__(self, config: RunConfig, folder: RunFolder, out: TextIO) -> None:
+        name = folder.root.name
+        if name not in self.accuracy:
+            raise DistillError(f"trainer failed: {name}")
+        folder.create()
+        config_module.save(config, folder.config)
+        for step, value in zip((0, config.num_steps), self.accuracy[name], strict=True):
+            summary = {"step": step, "k": 4, "response_tokens": 64.0, "truncated_frac": 0.0, "entropy_nats": 0.2}
+            for metric in ("avg_at_k", "pass_at_k"):
+                summary |= {metric: value, f"{metric}_low": value - 0.05, f"{metric}_high": value + 0.05}
+            write_json(folder.evals / f"step_{step:06d}.json", {"summary": summary, "responses": []})
+        folder.checkpoints.mkdir(exist_ok=True)
+        (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text(str(config.num_steps))
+        write_json(folder.finished, {"step": config.num_steps})
+        self.append(name)
+
+
+def two_stages() -> Pipeline:
+    return Pipeline("p", tuple(Stage(name, tiny.quickstart(), not_worse()) for name in ("distil", "rl")))
+
+
+def test_a_stage_starts_from_what_the_one_before_it_left(tmp_path: Path) -> None:
+    """The second stage's student is the first one's export; the console gets both tables; a second start makes nothing."""
+    made = MadeUpStages(distil=(0.3, 0.5), rl=(0.5, 0.6))
+    told = run_pipeline(two_stages(), tmp_path, made)
+    assert made == ["distil", "rl"]
+    assert config_module.load(tmp_path / "rl" / "config.json").student.path == str(tmp_path / "distil" / "hf")
+    assert "0.300" in told and "0.600" in told
+    assert run_pipeline(two_stages(), tmp_path, made) == told and made == ["distil", "rl"]
+
+
+def test_a_failing_gate_stops_before_the_next_stage(tmp_path: Path) -> None:
+    """Worse than the start's interval: stop, and say by how much; the same command stops again without a new run."""
+    made = MadeUpStages(distil=(0.5, 0.3), rl=(0.3, 0.6))
+    for _ in range(2):
+        with pytest.raises(
+            DistillError, match=r"'distil' = gate failed: avg_at_k = 0.300 .* must not fall below 0.450"
+        ):
+            run_pipeline(two_stages(), tmp_path, made)
+    assert made == ["distil"]
+
+
+def test_a_failed_stage_is_where_the_same_command_goes_on(tmp_path: Path) -> None:
+    """The first stage is not made again once the second has failed."""
+    failing, whole = MadeUpStages(distil=(0.3, 0.5)), MadeUpStages(rl=(0.5, 0.6))
+    with pytest.raises(DistillError, match="trainer failed: rl"):
+        run_pipeline(two_stages(), tmp_path, failing)
+    run_pipeline(two_stages(), tmp_path, whole)
+    assert failing == ["distil"] and whole == ["rl"]
+
+
+def test_an_unsound_late_stage_is_told_before_the_first_one_starts(tmp_path: Path) -> None:
+    """What a stage would trip over in hours is checked now."""
+    bad = replace(tiny.quickstart(), data=replace(tiny.quickstart().data, heldout_path="nowhere.jsonl"))
+    made = MadeUpStages(distil=(0.3, 0.5), rl=(0.5, 0.6))
+    stages = (two_stages().stages[0], Stage("rl", bad, not_worse()))
+    with pytest.raises(ConfigError, match=r"stage 'rl': .*nowhere\.jsonl"):
+        run_pipeline(Pipeline("p", stages), tmp_path, made)
+    with pytest.raises(ConfigError, match="of different names"):
+        run_pipeline(Pipeline("p", stages[:1] * 2), tmp_path, made)
+    assert made == []
+
+
+def test_recipes_name_stages_and_gates() -> None:
+    """Each pipeline of ``recipes`` ends with RL and judges every stage."""
+    for make in every(Pipeline).values():
+        stages = make().stages
+        assert stages[-1].config.rl.weight > 0 and stages[0].config.distill.weight > 0
+        worse: Evaluations = [{"avg_at_k": 0.5, "avg_at_k_low": 0.4}, {"avg_at_k": 0.1}]
+        assert all(stage.gate(worse) for stage in stages)
