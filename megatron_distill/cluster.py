@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_distill import config as config_module
-from megatron_distill import preflight
 from megatron_distill.config import RunConfig
 from megatron_distill.console import Console
 from megatron_distill.errors import ConfigError, DistillError
@@ -40,7 +39,6 @@ from megatron_distill.launch import (
 )
 from megatron_distill.nodes import ClusterProfile, Group, groups_of
 from megatron_distill.recipe import functions_returning, load_recipe, module_at
-from megatron_distill.report import write_report
 from megatron_distill.run_folder import RunFolder, read_json, write_json
 
 _POLL_S = 2.0
@@ -215,6 +213,8 @@ def ensure_job(profile: ClusterProfile, config: RunConfig, folder: RunFolder) ->
     Raises:
         DistillError: the run is unsound, or Slurm refuses it; nothing was submitted.
     """
+    from megatron_distill import preflight  # which loads tokenizers; a dry run needs none
+
     groups_of(config, profile)
     preflight.check(config)
     job_id = active_job(folder)
@@ -232,6 +232,8 @@ def train(profile: ClusterProfile, config: RunConfig, folder: RunFolder, out: Te
     Raises:
         DistillError: before anything is submitted, or with the first failure's cause.
     """
+    from megatron_distill.report import write_report
+
     job_id = ensure_job(profile, config, folder)
     with Console(folder, config.num_steps, out) as console:
         console.say(f"Slurm job {job_id}; run folder: {folder.root}; stop it with: scancel {job_id}")

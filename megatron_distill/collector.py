@@ -179,13 +179,7 @@ class Collector:
             prompts_per_step=rollouts_config.prompts_per_step,
             rollouts_per_prompt=rollouts_config.rollouts_per_prompt,
             student_prefix_frac=rollouts_config.student_prefix_frac.at(step),
-            sampling=SamplingParams(
-                max_new_tokens=horizon_tokens,
-                temperature=rollouts_config.temperature,
-                top_p=rollouts_config.top_p,
-                top_k=rollouts_config.top_k,
-                stop_token_ids=self._vocabulary.stop_token_ids,
-            ),
+            sampling=self._sampling(horizon_tokens),
             seed=config.seed,
         )
         rollouts = collect_rollouts(self._train_prompts, request, share, self.student, self._off_policy)
@@ -198,6 +192,17 @@ class Collector:
             for sample in samples[:SAMPLES_PER_STEP]:
                 append(self._folder.samples, self._readable(step, sample))
         return Collected(samples, watch.seconds)
+
+    def _sampling(self, max_new_tokens: int) -> SamplingParams:
+        """How rollouts are sampled, up to a number of tokens."""
+        rollouts = self._config.rollouts
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=rollouts.temperature,
+            top_p=rollouts.top_p,
+            top_k=rollouts.top_k,
+            stop_token_ids=self._vocabulary.stop_token_ids,
+        )
 
     def _rewards(self, rollouts: Sequence[Rollout]) -> list[float]:
         """1 for a right answer, 0 for a wrong or missing one, by math-verify on the last box."""
@@ -236,17 +241,11 @@ class Collector:
 
     def measure(self) -> Measurement:
         """What the curriculum's gate asks: entropy at temperature 1 over the model's own responses to held-out prompts."""
-        config, vocabulary = self._config, self._vocabulary
+        config = self._config
         prompts = self._heldout_prompts[: config.evaluation.entropy_problems]
         generations = self.student.generate(
             prompts,
-            sampling=SamplingParams(
-                max_new_tokens=config.evaluation.max_response_tokens,
-                temperature=config.rollouts.temperature,
-                top_p=config.rollouts.top_p,
-                top_k=config.rollouts.top_k,
-                stop_token_ids=vocabulary.stop_token_ids,
-            ),
+            sampling=self._sampling(config.evaluation.max_response_tokens),
             seeds=[sampling_seed(config.seed, (1 << 30) + index) for index in range(len(prompts))],
         )
         entropy, _ = entropy_nats(

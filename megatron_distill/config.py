@@ -66,10 +66,10 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts and answers: JSON lines, one problem each."""
+    """Problems, one a record: a .jsonl or .parquet file, or a Hugging Face data set saved to a directory."""
 
-    train_path: str = _field("", "JSONL of training problems")
-    heldout_path: str = _field("", "JSONL of held-out problems, for evaluation and the curriculum's gate")
+    train_path: str = _field("", "training problems: .jsonl, .parquet, or a saved data set's directory")
+    heldout_path: str = _field("", "held-out problems, likewise, for evaluation and the curriculum's gate")
     prompt_key: str = _field("prompt", "column that holds the prompt: a string or a list of chat messages")
     answer_key: str = _field("answer", "column that holds the reference answer")
     solution_key: str = _field("solution", "column that holds a worked response, for rollouts.off_policy_source=data")
@@ -336,8 +336,16 @@ def problems_of(config: RunConfig) -> list[str]:
                 rule(value > 0, where, "must be positive.")
     for name in ("student", "teacher") if config.needs_teacher else ("student",):
         rule(bool(getattr(config, name).path), f"{name}.path", "must name a Hugging Face directory.")
-    rule(bool(config.data.train_path), "data.train_path", "must name a JSONL file.")
-    rule(bool(config.data.heldout_path), "data.heldout_path", "must name a JSONL file.")
+    rule(
+        bool(config.data.train_path),
+        "data.train_path",
+        "must name a .jsonl or .parquet file, or a saved data set's directory.",
+    )
+    rule(
+        bool(config.data.heldout_path),
+        "data.heldout_path",
+        "must name a .jsonl or .parquet file, or a saved data set's directory.",
+    )
     shares = config.rollouts.student_prefix_frac.values
     rule(all(0 <= v <= 1 for v in shares), "rollouts.student_prefix_frac", "a share must lie in [0, 1].")
     weights = config.distill.reverse_kl_weight.values

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_distill import config as config_module
-from megatron_distill import preflight
 from megatron_distill.config import RunConfig
 from megatron_distill.console import closing_table
 from megatron_distill.errors import ConfigError, DistillError
@@ -109,6 +108,8 @@ def check_pipeline(pipeline: Pipeline) -> None:
     Raises:
         ConfigError: naming the stage.
     """
+    from megatron_distill import preflight  # which loads tokenizers, and recipes import this module
+
     names = [stage.name for stage in pipeline.stages]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"pipeline.stages = {names}: must be one or more, of different names.")

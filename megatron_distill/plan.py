@@ -21,14 +21,13 @@ from typing import Any
 from megatron_distill import config as config_module
 from megatron_distill.config import RunConfig
 from megatron_distill.convert.families import Rule, tensor_rules
-from megatron_distill.convert.hf_config import HfConfig
+from megatron_distill.convert.hf_config import VOCAB_DIVISOR, HfConfig, padded_vocab_size
 from megatron_distill.launch import num_gpus, server_groups
 from megatron_distill.recipe import load_recipe
 
 GIB = 1 << 30
 RESERVE_GIB = 4.0  # CUDA context, NCCL and cuBLAS buffers, fragmentation
 SERVER_SHARE = 0.85  # of a GPU's memory that SGLang plans with
-VOCAB_DIVISOR = 128  # Megatron's rows are a multiple of it times tp; ``megatron.arguments`` asks for the same
 _BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -145,17 +144,11 @@ def rank_parameters(model: HfConfig, tp: int, pp: int) -> int:
     The first stage has the embedding, the last one the output layer, which is a copy of the embedding if they are tied.
     """
     layer, other, _ = (counts.of_rank(tp) for counts in _counts(model))
-    matrix = padded_vocab_size(model, tp) // tp * model.hidden_size
+    matrix = padded_vocab_size(model.vocab_size, VOCAB_DIVISOR, tp) // tp * model.hidden_size
     if pp == 1:
         matrices = 1 if model.tie_word_embeddings else 2
         return model.num_layers * layer + other + matrices * matrix
     return model.num_layers // pp * layer + matrix + other
-
-
-def padded_vocab_size(model: HfConfig, tp: int) -> int:
-    """Rows of Megatron's embedding over all ranks."""
-    multiple = VOCAB_DIVISOR * tp
-    return -(-model.vocab_size // multiple) * multiple
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -174,7 +167,7 @@ def _trainer_memory(config: RunConfig, student: HfConfig, teacher: HfConfig | No
     yield _activations(config, student)
     tokens = micro_batch_tokens(config)
     response = config.micro_batch_rollouts * config.max_horizon_tokens
-    columns = padded_vocab_size(student, layout.tp) // layout.tp
+    columns = padded_vocab_size(student.vocab_size, VOCAB_DIVISOR, layout.tp) // layout.tp
     # Megatron hands out fp32 logits, of which the loss keeps the response rows; both get gradients.
     low_precision = size if size < 4 else 0
     yield Part(

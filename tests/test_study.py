@@ -407,7 +407,7 @@ def test_pages_bear_studies_that_have_hardly_begun(runs: MadeUpRuns, tmp_path: P
 @pytest.mark.parametrize("content", ["{", "{}", '{"runs": 3}', "[]"])
 def test_other_files_are_no_results(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A broken or foreign file is named, with what to give instead."""
-    path = tmp_path / "s" / "results.json"
+    path = tmp_path / "results.json"
     path.write_text(content)
     with pytest.raises(DataError, match="not a study's results"):
         load(path)

@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from megatron_distill.errors import CheckpointError
 
+VOCAB_DIVISOR = 128  # megatron.training's own default for --make-vocab-size-divisible-by
+
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 # megatron-core 0.19 computes Llama-3 scaling with these three values built in (RotaryEmbedding._apply_scaling); they are
@@ -178,3 +180,12 @@ def _read_rope(raw: Mapping[str, Any]) -> tuple[Rope, str]:
                 return Rope(theta), (f"rope {key} = {settings.get(key)}: must be {built_in}, which Megatron has built "
                                      "into its Llama-3 scaling")  # fmt: skip
     return Rope(theta, kind, factor), ""
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
+    """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of ``divisible_by * tp``.
+
+    The rule of ``megatron.training`` (``--make-vocab-size-divisible-by``), so that offline and online agree.
+    """
+    multiple = divisible_by * tp
+    return -(-vocab_size // multiple) * multiple

@@ -105,15 +105,6 @@ def unpack_qkv(packed: Tensor, num_attention_heads: int, num_query_groups: int, 
     return [part.reshape(-1, *tail) for part in groups.split([query_rows, head_dim, head_dim], dim=1)]
 
 
-def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
-    """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of ``divisible_by * tp``.
-
-    The rule of ``megatron.training`` (``--make-vocab-size-divisible-by``), so that offline and online agree.
-    """
-    multiple = divisible_by * tp
-    return -(-vocab_size // multiple) * multiple
-
-
 def _vocab_shard(rule: Rule, config: HfConfig, reader: HfReader, rank: int, size: int, padded: int) -> Tensor:
     rows = _part(rule.megatron, padded, rank, size)
     stop = min(rows.stop, config.vocab_size)

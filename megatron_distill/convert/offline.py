@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_distill.convert.families import Rule, tensor_rules
-from megatron_distill.convert.hf_config import HfConfig
+from megatron_distill.convert.hf_config import VOCAB_DIVISOR, HfConfig, padded_vocab_size
 from megatron_distill.convert.hf_files import (
     HfDirectory,
     HfDirectoryWriter,
@@ -23,13 +23,12 @@ from megatron_distill.convert.hf_files import (
     copy_companions,
     write_config,
 )
-from megatron_distill.convert.layout import hf_of_shards, padded_vocab_size, shard_of_hf
+from megatron_distill.convert.layout import hf_of_shards, shard_of_hf
 from megatron_distill.convert.megatron_files import HF_COMPANION, MegatronCheckpoint, MegatronCheckpointWriter
 from megatron_distill.errors import CheckpointError
 from megatron_distill.megatron.model import megatron_arguments
 
 DEFAULT_FILE_BYTES = 4 << 30
-DEFAULT_VOCAB_DIVISOR = 128  # megatron.training's own default for --make-vocab-size-divisible-by
 
 ARGUMENTS_FILE = "megatron_arguments.txt"
 _OVERHEAD_BYTES = 16 << 20  # headers, table of contents, tokenizer
@@ -42,7 +41,7 @@ def hf_to_megatron(
     tp: int = 1,
     pp: int = 1,
     ep: int = 1,
-    make_vocab_size_divisible_by: int = DEFAULT_VOCAB_DIVISOR,
+    make_vocab_size_divisible_by: int = VOCAB_DIVISOR,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
     overwrite: bool = False,
 ) -> None:

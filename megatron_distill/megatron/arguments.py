@@ -7,13 +7,11 @@ itself.
 import math
 
 from megatron_distill.config import RunConfig
-from megatron_distill.convert.hf_config import HfConfig
-from megatron_distill.convert.layout import padded_vocab_size
+from megatron_distill.convert.hf_config import VOCAB_DIVISOR, HfConfig, padded_vocab_size
 from megatron_distill.megatron import cpu_backend
 from megatron_distill.megatron.model import megatron_arguments
 from megatron_distill.run_folder import RunFolder
 
-VOCAB_DIVISOR = 128  # Megatron's own default for --make-vocab-size-divisible-by
 ROW_MULTIPLE = 8  # rows of a packed batch are padded to a multiple of it
 
 

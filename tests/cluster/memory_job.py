@@ -20,9 +20,12 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 
-from megatron_distill.convert.hf_config import HfConfig  # noqa: E402
+from megatron_distill.convert.hf_config import (  # noqa: E402
+    VOCAB_DIVISOR,
+    HfConfig,
+    padded_vocab_size,
+)
 from megatron_distill.megatron.model import build_gpt_model, transformer_config_kwargs  # noqa: E402
-from megatron_distill.plan import padded_vocab_size  # noqa: E402
 
 
 def tensor_bytes(value: Any) -> int:
@@ -38,7 +41,10 @@ def measure(hf_config: HfConfig, distributed: bool) -> dict[str, int]:
     """Bytes of this rank by part."""
     config = TransformerConfig(**transformer_config_kwargs(hf_config))
     model = build_gpt_model(
-        hf_config, config, padded_vocab_size=padded_vocab_size(hf_config, 1), use_transformer_engine=False
+        hf_config,
+        config,
+        padded_vocab_size=padded_vocab_size(hf_config.vocab_size, VOCAB_DIVISOR, 1),
+        use_transformer_engine=False,
     )
     wrapped = DistributedDataParallel(
         config, DistributedDataParallelConfig(use_distributed_optimizer=distributed), model

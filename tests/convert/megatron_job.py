@@ -158,8 +158,7 @@ def build(case: dict[str, Any]) -> tuple[Any, Any]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_distill.convert.hf_config import HfConfig
-    from megatron_distill.convert.layout import padded_vocab_size
+    from megatron_distill.convert.hf_config import HfConfig, padded_vocab_size
     from megatron_distill.megatron.model import build_gpt_model, transformer_config_kwargs
 
     tp, pp, ep = case.get("tp", 1), case.get("pp", 1), case.get("ep", 1)

@@ -8,9 +8,9 @@ import tiny_models
 import torch
 
 from megatron_distill.convert.families import HfTensor, canonical_name, hf_shapes, tensor_rules
-from megatron_distill.convert.hf_config import HfConfig
+from megatron_distill.convert.hf_config import HfConfig, padded_vocab_size
 from megatron_distill.convert.hf_files import HfDirectory
-from megatron_distill.convert.layout import hf_of_shards, padded_vocab_size, shard_of_hf
+from megatron_distill.convert.layout import hf_of_shards, shard_of_hf
 from megatron_distill.errors import CheckpointError
 
 
