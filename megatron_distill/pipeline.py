@@ -1,6 +1,6 @@
 """Stages that build on each other: distil, then reinforce, then measure. Each hands over by its run folder alone.
 
-    stage 1 (a run) ── hf/ ──> gate ──> stage 2 (a run on that model) ── hf/ ──> gate ──> ...  ──> report
+    stage 1 (a run) ── hf/ ──> gate ──> stage 2 (a run on that model) ── hf/ ──> gate ──> ...  ──> compare.html
 
 Every stage is a run of its own, on this machine or as a Slurm job. It is a NeMo-Run experiment of its own too, since
 NeMo-Run 0.11 runs later local stages although an earlier one failed, and exits 0. A finished stage is not repeated; a failed
@@ -79,6 +79,8 @@ def run_pipeline(pipeline: Pipeline, folder: Path, train: Train) -> str:
         ConfigError: a stage is unsound, however late it comes; nothing was started.
         DistillError: a stage failed or its gate did; later stages were not started.
     """
+    from megatron_distill.compare import compare_runs  # which draws, and recipes import this module
+
     check_pipeline(pipeline)
     model: str | None = None
     tables = []
@@ -99,7 +101,12 @@ def run_pipeline(pipeline: Pipeline, folder: Path, train: Train) -> str:
         if reason is not None:
             raise DistillError(f"pipeline stage {stage.name!r} = gate failed: {reason}. Report: {run.report}")
         model = str(run.hf)
-    return "\n\n" + "\n\n".join(tables) + f"\n\n  runs:  {folder}\n  model: {model}"
+    told = "\n\n" + "\n\n".join(tables) + f"\n\n  runs:  {folder}\n  model: {model}"
+    if len(pipeline.stages) > 1:
+        page = folder / "compare.html"
+        compare_runs([RunFolder(folder / stage.name) for stage in pipeline.stages], page)
+        told += f"\n  page:  {page}"
+    return told
 
 
 def check_pipeline(pipeline: Pipeline) -> None:

@@ -11,7 +11,7 @@ from megatron_distill.config import RunConfig
 from megatron_distill.errors import ConfigError, DistillError
 from megatron_distill.pipeline import Evaluations, Pipeline, Stage, not_worse, run_pipeline
 from megatron_distill.recipe import every
-from megatron_distill.run_folder import RunFolder, write_json
+from megatron_distill.run_folder import RunFolder, append, write_json
 from recipes import tiny
 
 
@@ -28,10 +28,12 @@ class MadeUpStages(list[str]):
         folder.create()
         config_module.save(config, folder.config)
         for step, value in zip((0, config.num_steps), self.accuracy[name], strict=True):
-            summary = {"step": step, "k": 4, "response_tokens": 64.0, "truncated_frac": 0.0, "entropy_nats": 0.2}
+            summary = {"step": step, "k": 4, "response_tokens": 64.0, "truncated_frac": 0.0}
+            summary |= {"entropy_nats": 0.2, "repetition_frac": 0.0, "num_problems": 100, "stop_reasons": {"7": 400}}
             for metric in ("avg_at_k", "pass_at_k"):
                 summary |= {metric: value, f"{metric}_low": value - 0.05, f"{metric}_high": value + 0.05}
             write_json(folder.evals / f"step_{step:06d}.json", {"summary": summary, "responses": []})
+            append(folder.metrics, {"step": step + 1, "loss": 0.1, "step_s": 1.0})
         folder.checkpoints.mkdir(exist_ok=True)
         (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text(str(config.num_steps))
         write_json(folder.finished, {"step": config.num_steps})
@@ -48,6 +50,7 @@ def test_a_stage_starts_from_what_the_one_before_it_left(tmp_path: Path) -> None
     told = run_pipeline(two_stages(), tmp_path, made)
     assert made == ["distil", "rl"]
     assert config_module.load(tmp_path / "rl" / "config.json").student.path == str(tmp_path / "distil" / "hf")
+    assert (tmp_path / "compare.html").exists() and str(tmp_path / "compare.html") in told
     assert "0.300" in told and "0.600" in told
     assert run_pipeline(two_stages(), tmp_path, made) == told and made == ["distil", "rl"]
 
