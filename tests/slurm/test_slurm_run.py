@@ -138,8 +138,8 @@ def test_a_pipeline_distils_and_then_reinforces_in_two_jobs(lab: SlurmLab, tmp_p
         states = lab.slurm("sacct", "-n", "-X", "-P", "--format=State", f"--jobs={job_id}").split()
         assert states == ["COMPLETED"] * groups
         assert (stages[name].logs / "trainer-1.out").exists()
-    assert "forward_kl_nats" in read_lines(stages["distil"].metrics)[-1]
-    assert "reward" in read_lines(stages["rl"].metrics)[-1]
+    assert "forward_kl_nats" in list(read_lines(stages["distil"].metrics))[-1]
+    assert "reward" in list(read_lines(stages["rl"].metrics))[-1]
     assert config.load(stages["rl"].config).student.path == str(stages["distil"].hf)
     wait_until_none_names(str(tmp_path))
 
