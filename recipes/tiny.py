@@ -120,7 +120,6 @@ def study_rl() -> Study:
         save_every_steps=20,
         student=replace(grpo().student, tp=1),
         rollouts=replace(grpo().rollouts, prompts_per_step=8),
-        evaluation=replace(grpo().evaluation, every_steps=20),
     )
     reinforced = tuple(Arm(f"rl_from_{arm.name}", f"RL after {arm.label}", rl, after=arm.name) for arm in _grid())
     start = Arm("rl_from_untrained", "RL alone", rl)
