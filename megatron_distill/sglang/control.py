@@ -81,6 +81,9 @@ class ReplicaControl:
             served_dir = Path(self._info(self._pool.replicas[0])["model_path"])
             self._served_tensors = tensor_names(served_dir if served_dir.is_dir() else model_dir)
         require_same_tensors(model_dir, self._served_tensors)
+        # SGLang's scheduler may hold a request for a moment after its last token was answered, and then loads the weights but
+        # refuses the update, since it could not drop the cached prefixes. The flush waits until nothing is held.
+        self.flush_cache(self._control_timeout_s / 2)
         self._post_all(
             "/update_weights_from_disk",
             {"model_path": str(model_dir), "weight_version": version, "flush_cache": True},

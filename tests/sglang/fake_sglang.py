@@ -21,8 +21,11 @@ class Handler(BaseHTTPRequestHandler):
     server: "FakeSGLang"
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
         self.server.next_step()(self, body)
+
+    def do_GET(self) -> None:
+        self.reply(200, self.server.info)
 
     def reply(self, status: int, body: Json) -> None:
         data = json.dumps(body).encode()
@@ -44,6 +47,7 @@ class FakeSGLang(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script = list(script)
         self.num_requests = 0
+        self.info: Json = {}  # what /server_info and /model_info answer
         self._lock = threading.Lock()
 
     def handle_error(self, request: object, client_address: object) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_sglang import FakeSGLang, Step, after, changed, fake, good, reset, status
+from fake_sglang import FakeSGLang, Handler, Json, Step, after, changed, fake, good, reset, status
 
 from megatron_distill.errors import ConfigError, ServerError
 from megatron_distill.sglang import transport
 from megatron_distill.sglang.client import SGLangClient
 from megatron_distill.types import Generation, SamplingParams
+from recipes import tiny
 
 SAMPLING = SamplingParams(max_new_tokens=3)
 
@@ -187,3 +188,23 @@ def test_limits_of_the_client_are_checked() -> None:
         SGLangClient([], 320, 64)
     with pytest.raises(ConfigError, match="context_length 7"):
         SGLangClient(["http://127.0.0.1:1"], 320, 7)
+
+
+def test_a_server_that_still_holds_a_request_is_waited_for_before_new_weights() -> None:
+    """SGLang answers a request a moment before it lets go of it, and refuses an update in that moment."""
+    holds = [True]
+
+    def flush(handler: Handler, request: Json) -> None:
+        assert handler.path.startswith("/flush_cache?timeout=")
+        holds[0] = False
+        handler.reply(200, {})
+
+    def update(handler: Handler, request: Json) -> None:
+        assert handler.path == "/update_weights_from_disk"
+        handler.server.info["weight_version"] = request["weight_version"]
+        handler.reply(400 if holds[0] else 200, {"success": not holds[0], "message": "requests are still running"})
+
+    with fake(flush, update) as server, client_of(server) as client:
+        server.info = {"model_path": str(tiny.MODELS / "student"), "weight_version": "0"}
+        client.update_weights_from_disk(tiny.MODELS / "student", version="1")
+        assert server.num_requests == 2
