@@ -30,7 +30,7 @@ CURVES = (
     "horizon_tokens",
     "reward",
 )
-CURVE_POINTS = 20  # of a training metric kept: means of equal stretches of steps
+CURVE_POINTS = 40  # of a training metric kept: means of equal stretches of steps
 SIGNIFICANT_DIGITS = 4
 
 # Student's t, 97.5% quantile, for 1, 2, ... 30 degrees of freedom (any table). Beyond, the last is kept: 4% too wide at most.

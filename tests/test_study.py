@@ -366,7 +366,7 @@ def test_long_runs_stay_small(tmp_path: Path) -> None:
 
     curves = read_result("low", 1, folder).curves
     assert set(curves) == {"step", *CURVES} and {len(values) for values in curves.values()} == {CURVE_POINTS}
-    assert curves["step"][0] == pytest.approx(25.5)  # the mean of steps 1 to 50
+    assert curves["step"][0] == pytest.approx(13.0)  # the mean of steps 1 to 25
 
 
 def test_pages_hold_every_number_figure_and_measure(runs: MadeUpRuns, tmp_path: Path) -> None:
