@@ -22,6 +22,7 @@ from megatron_distill import config as config_module
 from megatron_distill.config import RunConfig
 from megatron_distill.convert.families import Rule, tensor_rules
 from megatron_distill.convert.hf_config import VOCAB_DIVISOR, HfConfig, padded_vocab_size
+from megatron_distill.errors import ConfigError
 from megatron_distill.launch import num_gpus, server_groups
 from megatron_distill.recipe import load_recipe
 
@@ -316,7 +317,7 @@ def _useful(config: RunConfig, student: HfConfig, teacher: HfConfig | None, gpu_
 def _changed(config: RunConfig, override: str) -> RunConfig | None:
     try:
         return config_module.with_overrides(config, [override])
-    except config_module.ConfigError:
+    except ConfigError:
         return None
 
 

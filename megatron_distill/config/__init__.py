@@ -1,0 +1,58 @@
+"""What a run is: one tree of frozen dataclasses, loaded strictly.
+
+In: a recipe (a function in ``recipes/`` that returns a ``RunConfig``) and overrides from the command line
+(``curriculum.horizon_tokens=256``). Out: a validated ``RunConfig``, written to the run folder as ``config.json``.
+
+    schema    the dataclasses: every field with its default and its help text
+    rules     which values go together
+    files     to JSON and back, overrides, the text of --help
+
+Units are in the fields' names (num_*, *_frac, *_s, *_tokens, *_nats), unknown keys are refused with a suggestion, and all
+problems are reported at once, before any process starts. Importing this pulls in neither torch, Megatron, SGLang nor
+NeMo-Run.
+"""
+
+from megatron_distill.config.files import field_help, from_dict, load, save, to_dict, with_overrides
+from megatron_distill.config.rules import problems_of
+from megatron_distill.config.schema import (
+    SERVER_RESERVED_TOKENS,
+    SERVING_DTYPES,
+    CurriculumConfig,
+    DataConfig,
+    DistillConfig,
+    EvalConfig,
+    OptimizerConfig,
+    RlConfig,
+    RolloutConfig,
+    RunConfig,
+    ServersConfig,
+    SftConfig,
+    StudentConfig,
+    TeacherConfig,
+    walk,
+)
+
+__all__ = [
+    "SERVER_RESERVED_TOKENS",
+    "SERVING_DTYPES",
+    "CurriculumConfig",
+    "DataConfig",
+    "DistillConfig",
+    "EvalConfig",
+    "OptimizerConfig",
+    "RlConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "ServersConfig",
+    "SftConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "field_help",
+    "from_dict",
+    "load",
+    "problems_of",
+    "save",
+    "to_dict",
+    "walk",
+    "with_overrides",
+]

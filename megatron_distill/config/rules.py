@@ -1,0 +1,167 @@
+"""Which values of a config go together. Looks at values only: what needs the files is checked by ``preflight``.
+
+In: a ``RunConfig``. Out: a line for every rule that it breaks, naming the value, the rule and the remedy.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from megatron_distill.config.schema import RunConfig, walk
+from megatron_distill.schedules import Schedule
+
+
+def problems_of(config: RunConfig) -> list[str]:
+    """Every rule that ``config`` breaks, as ``where = value: rule. Remedy.`` lines; empty if it is sound.
+
+    Looks at values only: what needs the files (vocabularies, shapes) is checked by ``preflight``.
+    """
+    problems: list[str] = []
+
+    def rule(holds: bool, where: str, text: str) -> None:
+        if not holds:
+            value: Any = config
+            for part in where.split("."):
+                value = getattr(value, part)
+            shown = value.to_json() if isinstance(value, Schedule) else value
+            problems.append(f"{where} = {shown!r}: {text}")
+
+    for where, spec, value in walk(config):
+        name = spec.name
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if name.endswith("_frac"):
+                rule(0 <= value <= 1, where, "a share must lie in [0, 1].")
+            elif name in ("tp", "pp", "dp", "student_tp", "teacher_tp", "num_steps") or name.endswith(
+                ("_replicas", "_per_step", "_per_prompt", "_per_replica", "sync_every_steps")
+            ):
+                rule(value >= 1, where, "must be at least 1.")
+            elif name.startswith(("num_", "max_")) or name.endswith(
+                ("_tokens", "_mib", "_problems", "_per_problem", "_s")
+            ):
+                rule(value > 0, where, "must be positive.")
+    for name in ("student", "teacher") if config.needs_teacher else ("student",):
+        rule(bool(getattr(config, name).path), f"{name}.path", "must name a Hugging Face directory.")
+    rule(
+        bool(config.data.train_path),
+        "data.train_path",
+        "must name a .jsonl or .parquet file, or a saved data set's directory.",
+    )
+    rule(
+        bool(config.data.heldout_path),
+        "data.heldout_path",
+        "must name a .jsonl or .parquet file, or a saved data set's directory.",
+    )
+    shares = config.rollouts.student_prefix_frac.values
+    rule(all(0 <= v <= 1 for v in shares), "rollouts.student_prefix_frac", "a share must lie in [0, 1].")
+    weights = config.distill.reverse_kl_weight.values
+    rule(
+        all(0 <= v <= 1 for v in weights),
+        "distill.reverse_kl_weight",
+        "must lie in [0, 1]: it weighs reverse KL, and forward KL gets the rest.",
+    )
+    _curriculum_rules(config, rule)
+    _component_rules(config, rule)
+    rule(config.optimizer.lr > 0, "optimizer.lr", "must be positive.")
+    for where in ("rollouts.temperature", "distill.temperature"):
+        section, name = where.split(".")
+        rule(getattr(getattr(config, section), name) > 0, where, "must be positive.")
+    rule(config.evaluation.temperature >= 0, "evaluation.temperature", "must not be negative (0 is greedy).")
+    for section in ("rollouts", "evaluation"):
+        rule(0 < getattr(config, section).top_p <= 1, f"{section}.top_p", "must lie in (0, 1].")
+        top_k = getattr(config, section).top_k
+        rule(top_k == -1 or top_k >= 1, f"{section}.top_k", "must be at least 1, or -1 for all tokens.")
+    rule(config.teacher.top_k >= 1, "teacher.top_k", "must be at least 1.")
+    rule(
+        config.teacher.transport == "in_process" or config.distill.temperature == 1,
+        "distill.temperature",
+        "a tail bucket cannot be re-tempered, so a server's top-k scores hold at temperature 1 only. "
+        "Set it to 1, or set teacher.transport=in_process.",
+    )
+    rule(
+        config.teacher.transport == "sglang_topk" or config.student.pp == 1,
+        "student.pp",
+        "the in-process teacher runs without a pipeline. Set student.pp=1, or teacher.transport=sglang_topk.",
+    )
+    share = config.student.dp * config.micro_batch_rollouts
+    rule(
+        config.rollouts_per_step % share == 0,
+        "micro_batch_rollouts",
+        f"rollouts.prompts_per_step * rollouts.rollouts_per_prompt = {config.rollouts_per_step} must be a multiple of "
+        f"student.dp * micro_batch_rollouts = {share}, so that every replica gets the same number of micro-batches.",
+    )
+    rule(
+        config.rollouts.prompts_per_step % config.student.dp == 0,
+        "rollouts.prompts_per_step",
+        f"must be a multiple of student.dp = {config.student.dp}, so that a prompt's rollouts stay together.",
+    )
+    return problems
+
+
+def _component_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> None:
+    """The rules of the loss's components, alone and together."""
+    weights = {f"{name}.weight": getattr(config, name).weight for name in ("distill", "sft", "rl")}
+    for where, weight in weights.items():
+        rule(weight >= 0, where, "must not be negative.")
+    rule(any(weights.values()), "distill.weight", "distill, sft and rl all have weight 0, and nothing would be learnt.")
+    shares = config.rollouts.student_prefix_frac.values
+    rule(
+        not config.sft.weight or min(shares) < 1,
+        "sft.weight",
+        "cross entropy is computed on responses that the student did not write, and it writes all of them. Set "
+        "rollouts.student_prefix_frac below 1, or sft.weight=0.",
+    )
+    rl = config.rl
+    rule(
+        not rl.weight or max(shares) > 0,
+        "rl.weight",
+        "the policy gradient holds for responses of the student only: on other tokens a log-ratio gradient is not the "
+        "gradient of any objective here. Set rollouts.student_prefix_frac above 0, or rl.weight=0.",
+    )
+    rule(
+        not rl.weight or config.rollouts.rollouts_per_prompt >= 2,
+        "rollouts.rollouts_per_prompt",
+        "an advantage is relative to the prompt's other responses. Set it to 2 or more (8 is usual), or rl.weight=0.",
+    )
+    rule(
+        not rl.weight or config.rollouts.temperature == 1,
+        "rollouts.temperature",
+        "the policy gradient needs log-probs of the policy that sampled, and the loss takes them at temperature 1. "
+        "Set it to 1, or rl.weight=0.",
+    )
+    rule(0 <= rl.clip_low < 1, "rl.clip_low", "must lie in [0, 1).")
+    rule(rl.clip_high >= 0, "rl.clip_high", "must not be negative.")
+    rule(rl.max_importance_weight > 0, "rl.max_importance_weight", "must be positive.")
+    rule(rl.reference_kl_coef >= 0, "rl.reference_kl_coef", "must not be negative.")
+    rule(
+        not rl.reference_kl_coef or config.student.pp == 1,
+        "rl.reference_kl_coef",
+        "the reference model runs beside the student without a pipeline. Set student.pp=1, or the coefficient to 0.",
+    )
+
+
+def _curriculum_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> None:
+    """The rules of the curriculum; the fields of the kinds that are not chosen are held to them as well."""
+    curriculum = config.curriculum
+    rule(all(v >= 1 for v in curriculum.horizon_tokens.values), "curriculum.horizon_tokens", "must be positive.")
+    rungs = curriculum.ladder_tokens
+    rule(
+        bool(rungs) and rungs[0] >= 1 and all(a < b for a, b in itertools.pairwise(rungs)),
+        "curriculum.ladder_tokens",
+        "must hold at least one horizon, positive and rising, e.g. [128, 256, 512].",
+    )
+    rule(curriculum.stage_steps >= 1, "curriculum.stage_steps", "must be at least 1.")
+    rule(
+        curriculum.start_tokens <= curriculum.end_tokens,
+        "curriculum.start_tokens",
+        f"must not exceed curriculum.end_tokens = {curriculum.end_tokens}: the horizon grows from one to the other.",
+    )
+    rule(curriculum.min_entropy_nats >= 0, "curriculum.min_entropy_nats", "must not be negative (0 is off).")
+    if curriculum.kind == "entropy_gated" and rungs and min(curriculum.stage_steps, config.num_steps) >= 1:
+        longest = config.max_horizon_tokens
+        rule(
+            curriculum.max_truncated_frac == 1 or config.evaluation.max_response_tokens >= longest,
+            "evaluation.max_response_tokens",
+            f"must be at least the longest horizon of training, {longest} tokens. A shorter cap truncates healthy responses, "
+            "and curriculum.max_truncated_frac would hold the curriculum back for it. Raise it, or set "
+            "curriculum.max_truncated_frac=1.",
+        )
