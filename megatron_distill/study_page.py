@@ -107,7 +107,7 @@ def _notes(results: Results) -> list[str]:
         "difference: above 0 it **shows** what was claimed, below 0 **the opposite**, around 0 it **does not show** it, which "
         f"with few seeds is no proof of its absence. Each of the {num_judged} comparisons is judged alone: where nothing "
         "differs, chance still makes one in forty show it, and one in forty the opposite.",
-        "Times are of one machine, and of runs one after the other.",
+        "Times are of one machine; whatever else ran on it is in them. Numbers of tokens are exact.",
     ]
 
 
