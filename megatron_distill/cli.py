@@ -20,9 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_distill import __version__
+from megatron_distill import __version__, cluster
 from megatron_distill import config as config_module
-from megatron_distill.cluster import add_launch_parser
 from megatron_distill.convert.commands import add_convert_parser
 from megatron_distill.errors import DistillError
 from megatron_distill.launch import Train
@@ -74,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--run-dir", type=Path, help="where the run folder goes (default: runs/NAME)")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the processes, start none")
     train.set_defaults(func=_train)
-    add_launch_parser(commands)
+    cluster.add_launch_parser(commands)
     add_plan_parser(commands)
     pipeline = commands.add_parser("pipeline", help="run stages with gates between them, or resume them")
     pipeline.add_argument("name", help="module.function below recipes/, or path/to/file.py:function")
@@ -147,13 +146,13 @@ def _study(options: argparse.Namespace) -> None:
     print(run_study(study.quick() if options.quick else study, folder, _train_on(options.cluster)))
 
 
-def _train_on(cluster: str) -> Train:
+def _train_on(profile: str) -> Train:
     """What makes a run: a Slurm job of the named profile, or this machine."""
+    if profile:
+        return functools.partial(cluster.train, cluster.load_profile(profile))
     from megatron_distill import local
-    from megatron_distill.cluster import load_profile
-    from megatron_distill.cluster import train as train_as_job
 
-    return functools.partial(train_as_job, load_profile(cluster)) if cluster else local.train
+    return local.train
 
 
 def _eval(options: argparse.Namespace) -> None:

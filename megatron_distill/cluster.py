@@ -204,11 +204,11 @@ def submit(config: RunConfig, profile: ClusterProfile, folder: RunFolder) -> str
     return job_id
 
 
-def ensure_job(profile: ClusterProfile, config: RunConfig, folder: RunFolder) -> str:
+def ensure_job(profile: ClusterProfile, config: RunConfig, folder: RunFolder) -> tuple[str, str]:
     """The run's job: the one that is waiting or running, else a new one, which resumes what the folder holds.
 
     Returns:
-        Slurm's id of the job.
+        Slurm's id of the job, and what to tell of a new one (empty if it was there).
 
     Raises:
         DistillError: the run is unsound, or Slurm refuses it; nothing was submitted.
@@ -218,12 +218,13 @@ def ensure_job(profile: ClusterProfile, config: RunConfig, folder: RunFolder) ->
     groups_of(config, profile)
     preflight.check(config)
     job_id = active_job(folder)
-    if job_id is None:
-        prepare_folder(config, folder)
-        config_module.save(config, folder.config)
-        write_json(folder.root / "env.json", {"command": sys.argv, "cluster": profile.name})
-        job_id = submit(config, profile, folder)
-    return job_id
+    if job_id is not None:
+        return job_id, ""
+    step = prepare_folder(config, folder)
+    config_module.save(config, folder.config)
+    write_json(folder.root / "env.json", {"command": sys.argv, "cluster": profile.name})
+    job_id = submit(config, profile, folder)
+    return job_id, f"Slurm job {job_id}, from step {step}; run folder {folder.root}; stop it with: scancel {job_id}"
 
 
 def train(profile: ClusterProfile, config: RunConfig, folder: RunFolder, out: TextIO = sys.stdout) -> None:
@@ -234,9 +235,10 @@ def train(profile: ClusterProfile, config: RunConfig, folder: RunFolder, out: Te
     """
     from megatron_distill.report import write_report
 
-    job_id = ensure_job(profile, config, folder)
+    job_id, submitted = ensure_job(profile, config, folder)
     with Console(folder, config.num_steps, out) as console:
-        console.say(f"Slurm job {job_id}; run folder: {folder.root}; stop it with: scancel {job_id}")
+        if submitted:
+            console.say(submitted)
         follow(job_id, folder, console)
     write_report(folder)
 
@@ -329,7 +331,8 @@ def _launch(options: argparse.Namespace) -> None:
             print(f"# --- {name} ---\n{text}")
         return
     if options.detach:
-        print(f"Slurm job {ensure_job(profile, config, folder)}; the same command without --detach follows it")
+        job_id, submitted = ensure_job(profile, config, folder)
+        print(submitted or f"Slurm job {job_id}: waiting or running; the same command without --detach follows it")
         return
     train(profile, config, folder)
     print(f"\n{closing_table(folder.evaluations())}\n\n  report: {folder.report}\n  model:  {folder.hf}")

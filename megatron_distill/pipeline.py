@@ -84,14 +84,14 @@ def run_pipeline(pipeline: Pipeline, folder: Path, train: Train) -> str:
     check_pipeline(pipeline)
     model: str | None = None
     tables = []
-    for number, stage in enumerate(pipeline.stages, 1):
-        run = RunFolder(folder / stage.name)
-        print(f"stage {number}/{len(pipeline.stages)}: {stage.name}", flush=True)
+    runs = [RunFolder(folder / stage.name) for stage in pipeline.stages]
+    for number, (stage, run) in enumerate(zip(pipeline.stages, runs, strict=True), 1):
+        print(f"stage {number}/{len(runs)}: {stage.name}", flush=True)
         config = replace(stage.config, name=f"{pipeline.name}/{stage.name}")
         if model is not None:
             config = replace(config, student=replace(config.student, path=model))
         config = config_module.from_dict(config_module.to_dict(config))
-        if run.finished.exists() and run.latest_checkpoint_step() >= config.num_steps:
+        if run.has_finished(config.num_steps):
             print(f"  finished before: {run.root}", flush=True)
         else:
             train(config, run, sys.stdout)
@@ -102,9 +102,9 @@ def run_pipeline(pipeline: Pipeline, folder: Path, train: Train) -> str:
             raise DistillError(f"pipeline stage {stage.name!r} = gate failed: {reason}. Report: {run.report}")
         model = str(run.hf)
     told = "\n\n" + "\n\n".join(tables) + f"\n\n  runs:  {folder}\n  model: {model}"
-    if len(pipeline.stages) > 1:
+    if len(runs) > 1:
         page = folder / "compare.html"
-        compare_runs([RunFolder(folder / stage.name) for stage in pipeline.stages], page)
+        compare_runs(runs, page)
         told += f"\n  page:  {page}"
     return told
 

@@ -107,6 +107,10 @@ class RunFolder:
         """Summaries of every evaluation of the run, in step order."""
         return [read_json(path)["summary"] for path in sorted(self.evals.glob("step_*.json"))]
 
+    def has_finished(self, num_steps: int) -> bool:
+        """Whether the run came to its end, and that end is at ``num_steps`` or later."""
+        return self.finished.exists() and self.latest_checkpoint_step() >= num_steps
+
     def latest_checkpoint_step(self) -> int:
         """The step that a resumed run continues from; 0 without a checkpoint."""
         tracker = self.checkpoints / "latest_checkpointed_iteration.txt"

@@ -99,7 +99,7 @@ def _is_finished(run: RunFolder, config: RunConfig) -> bool:
             f"study run = {run.root}: holds a run of another config ({', '.join(changed)} differ), and the study would mix "
             "the two. Choose another --dir, or delete the folder to repeat the run."
         )
-    return run.finished.exists() and run.latest_checkpoint_step() >= config.num_steps
+    return run.has_finished(config.num_steps)
 
 
 def _train(config: RunConfig, run: RunFolder, train: Train) -> None:

@@ -115,11 +115,12 @@ def study_rl() -> Study:
     """The hand-off to RL: GRPO from the student of each of the four objectives, and from the untrained one."""
     from recipes.tiny_rl import grpo  # which builds on this module
 
+    base = grpo()
     rl = replace(
-        grpo(),
+        base,
         save_every_steps=20,
-        student=replace(grpo().student, tp=1),
-        rollouts=replace(grpo().rollouts, prompts_per_step=8),
+        student=replace(base.student, tp=1),
+        rollouts=replace(base.rollouts, prompts_per_step=8),
     )
     reinforced = tuple(Arm(f"rl_from_{arm.name}", f"RL after {arm.label}", rl, after=arm.name) for arm in _grid())
     start = Arm("rl_from_untrained", "RL alone", rl)

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
+from made_up import leave_finished_run
 
 from megatron_distill import config as config_module
 from megatron_distill.config import RunConfig
 from megatron_distill.errors import ConfigError, DistillError
 from megatron_distill.pipeline import Evaluations, Pipeline, Stage, not_worse, run_pipeline
 from megatron_distill.recipe import every
-from megatron_distill.run_folder import RunFolder, append, write_json
+from megatron_distill.run_folder import RunFolder
 from recipes import tiny
 
 
@@ -25,18 +26,17 @@ class MadeUpStages(list[str]):
         name = folder.root.name
         if name not in self.accuracy:
             raise DistillError(f"trainer failed: {name}")
-        folder.create()
-        config_module.save(config, folder.config)
-        for step, value in zip((0, config.num_steps), self.accuracy[name], strict=True):
-            summary = {"step": step, "k": 4, "response_tokens": 64.0, "truncated_frac": 0.0}
-            summary |= {"entropy_nats": 0.2, "repetition_frac": 0.0, "num_problems": 100, "stop_reasons": {"7": 400}}
-            for metric in ("avg_at_k", "pass_at_k"):
-                summary |= {metric: value, f"{metric}_low": value - 0.05, f"{metric}_high": value + 0.05}
-            write_json(folder.evals / f"step_{step:06d}.json", {"summary": summary, "responses": []})
-            append(folder.metrics, {"step": step + 1, "loss": 0.1, "step_s": 1.0})
-        folder.checkpoints.mkdir(exist_ok=True)
-        (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text(str(config.num_steps))
-        write_json(folder.finished, {"step": config.num_steps})
+        evaluations = {
+            step: {"repetition_frac": 0.0}
+            | {
+                key: value
+                for metric in ("avg_at_k", "pass_at_k")
+                for key, value in ((metric, avg), (f"{metric}_low", avg - 0.05), (f"{metric}_high", avg + 0.05))
+            }
+            for step, avg in zip((0, config.num_steps), self.accuracy[name], strict=True)
+        }
+        metrics = [{"step": step, "loss": 0.1, "step_s": 1.0} for step in (1, config.num_steps)]
+        leave_finished_run(config, folder, evaluations, metrics)
         self.append(name)
 
 

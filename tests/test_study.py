@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import pytest
+from made_up import leave_finished_run
 
 from megatron_distill import config as config_module
 from megatron_distill import local
@@ -15,7 +16,7 @@ from megatron_distill import study as study_module
 from megatron_distill.config import DistillConfig, RunConfig
 from megatron_distill.errors import ConfigError, DataError, DistillError
 from megatron_distill.recipe import every
-from megatron_distill.run_folder import RunFolder, append, write_json
+from megatron_distill.run_folder import RunFolder, write_json
 from megatron_distill.schedules import constant
 from megatron_distill.study import run_study
 from megatron_distill.study_claims import judge, sentence, verdict_on_claim
@@ -30,25 +31,20 @@ EVERY_STEPS = 3
 
 def made_up_run(config: RunConfig, folder: RunFolder, out: TextIO | None = None, accuracy: float = 0.5) -> None:
     """A finished run's folder as training leaves it, with numbers that depend on the seed."""
-    folder.create()
-    config_module.save(config, folder.config)
-    write_json(folder.root / "env.json", {"python": "3.12", "cpus": 2, "packages": {"torch": "2", "apex": None}})
     rng = np.random.default_rng(config.seed)
     share = config.rollouts.student_prefix_frac.at(0)
+    metrics = []
     for step in range(1, config.num_steps + 1):
         record = {name: float(rng.uniform(0.1, 1.0)) for name in CURVES}
         times = {"step_s": 3.0, "rollout_s": 2.0, "score_s": 0.5}
-        append(folder.metrics, record | times | {"step": step, "response_tokens": 60.0, "student_prefix_frac": share})
+        metrics.append(record | times | {"step": step, "response_tokens": 60.0, "student_prefix_frac": share})
+    evaluations = {}
     every_steps = config.evaluation.every_steps or config.num_steps
     for step in sorted({*range(0, config.num_steps, every_steps), config.num_steps}):
         avg = 0.3 + (accuracy - 0.3) * step / config.num_steps + float(rng.normal(0, 0.005))
-        summary = {"step": step, "num_problems": 100, "k": 4, "avg_at_k": avg, "pass_at_k": avg + 0.2}
-        summary |= {"entropy_nats": 0.2, "response_tokens": 64.0, "truncated_frac": 0.0, "stop_reasons": {"7": 400}}
-        write_json(folder.evals / f"step_{step:06d}.json", {"summary": summary, "responses": []})
-    folder.checkpoints.mkdir(exist_ok=True)
-    (folder.checkpoints / "latest_checkpointed_iteration.txt").write_text(str(config.num_steps))
-    folder.hf.mkdir(exist_ok=True)
-    write_json(folder.finished, {"step": config.num_steps})
+        evaluations[step] = {"avg_at_k": avg, "pass_at_k": avg + 0.2}
+    leave_finished_run(config, folder, evaluations, metrics)
+    write_json(folder.root / "env.json", {"python": "3.12", "cpus": 2, "packages": {"torch": "2", "apex": None}})
 
 
 def arm(name: str, weight: float, **changes: Any) -> Arm:
