@@ -109,6 +109,7 @@ def test_what_others_put_there_stays(folder: RunFolder) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_run_that_resumes(folder: RunFolder) -> None:
     """A process that dies before any one of the changes that a removal makes to the disk leaves only whole checkpoints and a
     leftover, which the next start takes away."""

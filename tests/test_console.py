@@ -29,6 +29,7 @@ def evaluation(step: int) -> dict[str, object]:
     return {"step": step, "set": "heldout", "k": 4, **dict.fromkeys(keys, step / 100)}
 
 
+@pytest.mark.slow
 def test_console_shows_steps_events_and_silence(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Off a terminal, every event and step is one whole line with all figures, and silence names the phase that lasts."""
     monkeypatch.setattr(console_module, "_SILENT_LOGGED_S", 0.2)

@@ -48,6 +48,7 @@ def test_gsm8k_columns_marker_and_instruction(write_lines: WriteLines) -> None:
     assert problem.messages == (Message("user", "How many eggs?\n\nUse a box."),)
 
 
+@pytest.mark.slow
 def test_parquet_and_data_set_directory_equal_jsonl(write_lines: WriteLines, tmp_path: Path) -> None:
     """The same records give the same problems from every format."""
     datasets = pytest.importorskip("datasets")

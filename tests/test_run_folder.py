@@ -237,6 +237,7 @@ def test_a_start_waits_for_the_roles_of_a_killed_launcher(tmp_path: Path) -> Non
         pass
 
 
+@pytest.mark.slow
 def test_another_machine_sees_the_lock_where_locks_stay_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a file system whose locks stay on one machine the holder's moving count tells; one that stands still is dead."""
     RunFolder(tmp_path).create()

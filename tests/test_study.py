@@ -132,6 +132,7 @@ def test_runs_are_made_seed_by_seed_and_hand_over_the_student(runs: MadeUpRuns, 
     assert config.student.path == str(tmp_path / "runs" / "low" / "seed_2" / "hf") and config.seed == 2
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated(runs: MadeUpRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A second start makes what is missing; a run without finished.json counts as missing; nothing missing, nothing run."""
     run_study(small_study(), tmp_path, runs)
@@ -144,6 +145,7 @@ def test_finished_runs_are_not_repeated(runs: MadeUpRuns, tmp_path: Path, capsys
     assert runs == [("high", 3)]
 
 
+@pytest.mark.slow
 def test_results_are_written_after_each_run_and_a_failure_stops(runs: MadeUpRuns, tmp_path: Path) -> None:
     """The third run fails: the study stops with its cause, and the results hold the two before it; then it goes on."""
 
@@ -332,6 +334,7 @@ def test_the_verdict_on_a_claim_needs_all_of_its_comparisons() -> None:
 # --- results and pages ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_costs_add_up_over_the_steps(runs: MadeUpRuns, tmp_path: Path) -> None:
     """Tokens by who sampled them, time in steps, and time without what the teacher wrote, up to each evaluation."""
     teacher = replace(tiny.quickstart().rollouts, student_prefix_frac=constant(0.0))

@@ -112,6 +112,7 @@ def test_scores_survive_bit_for_bit(num_tokens: int, top_k: int, num_stops: int,
     assert decoded.topk_logprobs.flags.writeable  # torch warns about others
 
 
+@pytest.mark.slow
 @unhurried
 @given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20), st.sampled_from(["stop", "length"]), st.text())
 def test_generations_survive_bit_for_bit(response_ids: list[int], reason: Any, version: str) -> None:
@@ -262,6 +263,7 @@ def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
     assert ShardStore(tmp_path).get(reversed(list(expected))) == expected
 
 
+@pytest.mark.slow
 def test_writer_killed_at_any_moment_leaves_a_sound_store(tmp_path: Path) -> None:
     """After SIGKILL, what was put first is found first, intact and without gaps, and the store goes on."""
     firsts = range(0, 500_000, 100_000)

@@ -238,6 +238,7 @@ def test_an_image_has_its_own_interpreter() -> None:
     assert clusters.lab().interpreter == sys.executable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "config", "profile"),
     [

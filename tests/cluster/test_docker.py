@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -55,6 +56,7 @@ def test_the_base_is_pinned_and_pip_installs_what_the_constraints_say() -> None:
     assert core[1] in extra and pins()["transformer-engine"] in SpecifierSet(re.sub(r"^[^]]*\]", "", extra))
 
 
+@pytest.mark.slow
 def test_constraints_are_the_whole_environment_and_nothing_else() -> None:
     """What a run and its launcher need, directly or not, is pinned, at the version that is installed here; no addresses."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]

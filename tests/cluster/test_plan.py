@@ -173,6 +173,7 @@ def test_the_page_names_every_axis(capsys: pytest.CaptureFixture[str]) -> None:
     assert said + "experts over ep 8 x etp 1 ranks, 2 time(s), recompute full, bf16" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["b8_from_32b_4x8_4096", "moe30b_from_32b_4x8_2048"])
 def test_the_layouts_that_fit_are_sound_and_can_be_typed(name: str) -> None:
     """Each takes all GPUs, breaks no rule, fits, and is what its overrides make of the recipe; the fastest is first."""

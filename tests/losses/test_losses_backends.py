@@ -124,6 +124,7 @@ def test_columns_far_apart_in_memory(name) -> None:
     assert_equals_float64(calls(3, 2100)[name], student, teacher, backend="cpp")
 
 
+@pytest.mark.slow
 def test_large_gradients_are_written_past_the_caches() -> None:
     """The streaming path (gradients of 16 MiB and more, rows at any alignment) writes the same numbers as the other."""
     rows, vocab = 4, 1_050_001

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from megatron_distill import config as config_module
 from megatron_distill.megatron.backend import Backend
 from megatron_distill.runs.run_folder import RunFolder
 from tests.support.rank_forge import RankForge
+from tests.support.tiny_models import build_hf_model
 
 VOCAB_SIZE = 100
 NUM_STEPS = 3
@@ -37,27 +37,19 @@ class Outcome:
 
 
 def save_random_model(path: Path, seed: int, *, num_layers: int = 2, num_experts: int = 0) -> Path:
-    """A tiny random Qwen3, as transformers makes it; with experts, one of two of which work on a token."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(seed)
-    shape: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.2,
-    }
-    if num_experts:
-        shape |= {"num_experts": num_experts, "num_experts_per_tok": num_experts // 2, "moe_intermediate_size": 32}
-        Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, norm_topk_prob=True)).save_pretrained(path)
-    else:
-        Qwen3ForCausalLM(Qwen3Config(**shape)).save_pretrained(path)
+    """A tiny random Qwen3 of ``VOCAB_SIZE`` tokens; with experts, every second of which works on a token."""
+    experts = {"num_experts": num_experts, "num_experts_per_tok": num_experts // 2} if num_experts else {}
+    build_hf_model(
+        "qwen3-moe" if num_experts else "qwen3",
+        seed,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=num_layers,
+        head_dim=8,
+        max_position_embeddings=128,
+        **experts,
+    ).save_pretrained(path)
     return path
 
 
