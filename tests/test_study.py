@@ -18,10 +18,10 @@ from megatron_distill.errors import ConfigError, DataError, DistillError
 from megatron_distill.launch import local
 from megatron_distill.runs.run_folder import RunFolder, write_json
 from megatron_distill.study import run as study_module
-from megatron_distill.study.claims import judge, sentence, verdict_on_claim
+from megatron_distill.study.claims import holm, judge, judge_all, sentence, verdict_on_claim
 from megatron_distill.study.design import MEASURES, Arm, Comparison, Group, Question, Study, StudyFigure, check_study
 from megatron_distill.study.page import main as redraw
-from megatron_distill.study.results import CURVE_POINTS, CURVES, Results, load, over_seeds, save
+from megatron_distill.study.results import CURVE_POINTS, CURVES, Interval, Results, load, over_seeds, save
 from megatron_distill.study.run import run_study
 from tests.support.made_up import leave_finished_run
 
@@ -282,6 +282,47 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     draws = np.random.default_rng(0).normal(size=(4000, 3))
     covered = [over_seeds(row).low <= 0 <= over_seeds(row).high for row in draws]
     assert np.mean(covered) == pytest.approx(0.95, abs=0.012)
+
+
+@pytest.mark.parametrize(("num_seeds", "p"), [(2, 0.0994), (3, 0.1644), (4, 0.2098), (5, 0.2374), (6, 0.2550)])
+def test_p_values_are_those_of_student(num_seeds: int, p: float) -> None:
+    """An interval that ends at 0 has 5%, one that reaches past it as far as scipy says, for odd and even degrees of freedom."""
+    at_end, inside = Interval(1.0, 0.0, 2.0, num_seeds), Interval(0.5, -0.5, 1.5, num_seeds)
+    assert at_end.p_value == pytest.approx(0.05, abs=1e-4)
+    assert inside.p_value == pytest.approx(p, abs=1e-3)
+    assert math.isnan(over_seeds([1.0]).p_value) and over_seeds([1.0, 1.0]).p_value == 0
+
+
+def test_holm_corrects_for_the_number_of_comparisons() -> None:
+    """Worked: times 4, 3, 2, 1 in rising order, never below the one before; what was not judged is not counted."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    corrected = holm([0.02, math.nan, 0.9])
+    assert corrected[::2] == pytest.approx([0.04, 0.9]) and math.isnan(corrected[1])
+    assert holm([]) == []
+
+
+def test_false_findings_are_as_rare_as_holm_says() -> None:
+    """Of 400 studies of ten comparisons in which nothing differs, at most about 5% find anything after correction."""
+    draws = np.random.default_rng(0).normal(size=(400, 10, 5))
+    found = [min(holm([over_seeds(row).p_value for row in study])) < 0.05 for study in draws]
+    assert np.mean(found) == pytest.approx(0.05, abs=0.025)
+
+
+def test_a_finding_says_whether_it_stands_among_all() -> None:
+    """Beside another comparison the same numbers count for less; one asked twice, either way round, counts once."""
+    results = results_of({"high": [0.80, 0.81, 0.79], "low": [0.60, 0.66, 0.54], "flat": [0.80, 0.82, 0.785]})
+    reverse = Comparison("avg_at_k", HIGH_ABOVE_LOW.lesser, HIGH_ABOVE_LOW.greater)
+    other = Comparison("avg_at_k", Group("high", ("high",)), Group("flat", ("flat",)))
+    ask = small_study().questions[0]
+    results = replace(
+        results, questions=[replace(ask, comparisons=(HIGH_ABOVE_LOW, reverse)), replace(ask, comparisons=(other,))]
+    )
+    (first, second), (third,) = judge_all(results)
+    assert first.num_compared == 2 and first.corrected_p == second.corrected_p == pytest.approx(
+        2 * first.difference.p_value
+    )
+    assert "it stands after correction for 2 comparisons" in sentence(first)
+    assert third.verdict == "does not show" and "correction" not in sentence(third)
 
 
 @pytest.mark.parametrize(

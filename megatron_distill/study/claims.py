@@ -4,11 +4,13 @@ In: ``Results`` and a question's comparisons. Out: a ``Verdict`` for each, one f
 
 A comparison says that a measure is greater in one group of arms than in another. Runs of the same seed are paired: they see
 the same problems in the same order, and are evaluated with the same sampling seeds. It is judged by the 95% t-interval of the
-paired difference over seeds: above 0 the study shows it, below 0 it shows the opposite, around 0 it does not show it.
+paired difference over seeds: above 0 the study shows it, below 0 it shows the opposite, around 0 it does not show it. Beside
+that verdict stands whether it survives the correction for all comparisons of the study together (``holm``).
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_distill.study.design import MEASURES, Comparison
@@ -26,12 +28,16 @@ class Judgement:
         greater: the side said to be greater, over the seeds that both sides have.
         lesser: the other side.
         difference: of the two, paired by seed.
+        corrected_p: p-value of the difference, corrected for all comparisons of the study; nan if it is not judged.
+        num_compared: how many those are.
     """
 
     comparison: Comparison
     greater: Interval
     lesser: Interval
     difference: Interval
+    corrected_p: float = math.nan
+    num_compared: int = 0
 
     @property
     def verdict(self) -> Verdict:
@@ -46,6 +52,42 @@ class Judgement:
     def separate(self) -> bool:
         """Whether the two sides' own intervals share no value: a harder test than the difference's."""
         return self.difference.num_seeds > 1 and not self.greater.overlaps(self.lesser)
+
+
+SIGNIFICANCE = 0.05
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979): the chance of one false finding among all stays below the level.
+
+    In rising order the i-th of m (from 0) is multiplied by m - i, and none may be below the one before it. What is nan is not
+    counted and stays nan.
+    """
+    order = sorted((p, place) for place, p in enumerate(p_values) if math.isfinite(p))
+    corrected, floor = [math.nan] * len(p_values), 0.0
+    for rank, (p, place) in enumerate(order):
+        floor = max(floor, min((len(order) - rank) * p, 1.0))
+        corrected[place] = floor
+    return corrected
+
+
+def judge_all(results: Results) -> list[list[Judgement]]:
+    """Judge every comparison of a study, question by question, and correct for the number of all. Questions that ask for the
+    same comparison ask it once."""
+    judged = [[judge(results, one) for one in question.comparisons] for question in results.questions]
+    different = {_identity(one): one.difference.p_value for question in judged for one in question}
+    corrected = dict(zip(different, holm(list(different.values())), strict=True))
+    num_compared = sum(math.isfinite(p) for p in corrected.values())
+    return [
+        [replace(one, corrected_p=corrected[_identity(one)], num_compared=num_compared) for one in question]
+        for question in judged
+    ]
+
+
+def _identity(judgement: Judgement) -> tuple[str, frozenset[tuple[str, ...]]]:
+    """What a two-sided test asks: a measure and two sides, whichever is said to be greater."""
+    one = judgement.comparison
+    return one.measure, frozenset((one.greater.arms, one.lesser.arms))
 
 
 def judge(results: Results, comparison: Comparison) -> Judgement:
@@ -94,5 +136,14 @@ def sentence(judgement: Judgement) -> str:
         return f"{asked}: **not judged**, one seed has no interval. {text}."
     apart = "separate" if judgement.separate else "overlap"
     return (
-        f"{asked}: **{judgement.verdict}**. {text}, {judgement.difference.num_seeds} seeds; the two intervals {apart}."
+        f"{asked}: **{judgement.verdict}**. {text}, {judgement.difference.num_seeds} seeds; the two intervals {apart}"
+        f"{_corrected(judgement)}."
     )
+
+
+def _corrected(judgement: Judgement) -> str:
+    """Whether a finding stands once all comparisons of the study are counted; nothing for what found nothing."""
+    if judgement.verdict == "does not show" or math.isnan(judgement.corrected_p):
+        return ""
+    stands = "stands" if judgement.corrected_p < SIGNIFICANCE else "does not stand"
+    return f"; it {stands} after correction for {judgement.num_compared} comparisons (p = {judgement.corrected_p:.2g})"

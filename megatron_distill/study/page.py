@@ -14,7 +14,7 @@ from megatron_distill.errors import DataError
 from megatron_distill.pages.page import Html, document, element, reading_help
 from megatron_distill.pages.page import table as html_table
 from megatron_distill.pages.run_record import shown
-from megatron_distill.study.claims import Judgement, judge, sentence, verdict_on_claim
+from megatron_distill.study.claims import Judgement, judge_all, sentence, verdict_on_claim
 from megatron_distill.study.design import MEASURES, Question
 from megatron_distill.study.figures import draw, reading
 from megatron_distill.study.results import Results, load, over_seeds
@@ -50,7 +50,10 @@ def write_pages(results: Results, folder: Path) -> str:
     Returns:
         Each question's verdict, for the console.
     """
-    answers = [_answer(results, question) for question in results.questions]
+    answers = [
+        _answer(results, question, judgements)
+        for question, judgements in zip(results.questions, judge_all(results), strict=True)
+    ]
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for answer in answers:
         for name, _, svg, _ in answer.figures:
@@ -63,7 +66,7 @@ def write_pages(results: Results, folder: Path) -> str:
     )
 
 
-def _answer(results: Results, question: Question) -> Answer:
+def _answer(results: Results, question: Question, judgements: list[Judgement]) -> Answer:
     drawn = [
         (figure.name, figure.title, draw(results, question, figure), reading(figure)) for figure in question.figures
     ]
@@ -73,7 +76,7 @@ def _answer(results: Results, question: Question) -> Answer:
         rows.append([label, str(len(results.runs_of(arm))), *cells])
     return Answer(
         question,
-        [judge(results, comparison) for comparison in question.comparisons],
+        judgements,
         ["", "seeds", *(MEASURES[name].label for name in question.columns)],
         rows,
         [one for one in drawn if one[2]],
@@ -105,8 +108,9 @@ def _notes(results: Results) -> list[str]:
         "change.",
         "Verdicts are computed. A comparison pairs the runs of equal seeds and looks at the 95% t-interval of their "
         "difference: above 0 it **shows** what was claimed, below 0 **the opposite**, around 0 it **does not show** it, which "
-        f"with few seeds is no proof of its absence. Each of the {num_judged} comparisons is judged alone: where nothing "
-        "differs, chance still makes one in forty show it, and one in forty the opposite.",
+        f"with few seeds is no proof of its absence. It judges each of the {num_judged} comparisons alone: where nothing "
+        "differs, chance still makes one in forty show it, and one in forty the opposite. Whether a finding stands after "
+        "correction for all of them together (Holm, two-sided, 5%) is said beside it.",
         "Times are of one machine; whatever else ran on it is in them. Numbers of tokens are exact.",
     ]
 

@@ -42,6 +42,22 @@ _T_975 = (
 )
 
 
+def _t_975(freedom: int) -> float:
+    return _T_975[min(freedom, len(_T_975)) - 1]
+
+
+def _t_within(t: float, freedom: int) -> float:
+    """P(-t < T < t) of Student's t with whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for k in range(odd, freedom - 1, 2):
+        total += term
+        term *= cosine**2 * (k + 1) / (k + 2)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean over seeds and its 95% interval.
@@ -57,6 +73,16 @@ class Interval:
     low: float
     high: float
     num_seeds: int
+
+    @property
+    def p_value(self) -> float:
+        """How often chance makes a mean this far from 0 where the true one is 0, by Student's t; nan without an interval."""
+        if self.num_seeds < 2:
+            return math.nan
+        half, freedom = (self.high - self.low) / 2, self.num_seeds - 1
+        if half == 0:
+            return 1.0 if self.mean == 0 else 0.0
+        return 1 - _t_within(abs(self.mean) / half * _t_975(freedom), freedom)
 
     def shown(self, form: str) -> str:
         """E.g. ``0.81 [0.79, 0.83]``; the mean alone where there is one seed or all agree; "-" where there is nothing."""
@@ -82,7 +108,7 @@ def over_seeds(values: Iterable[float]) -> Interval:
     mean = float(finite.mean()) if n else math.nan
     if n < 2:
         return Interval(mean, math.nan, math.nan, n)
-    half = _T_975[min(n - 1, len(_T_975)) - 1] * float(finite.std(ddof=1)) / math.sqrt(n)
+    half = _t_975(n - 1) * float(finite.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
 
