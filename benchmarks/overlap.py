@@ -1,6 +1,6 @@
-"""How much of a step overlaps: the real trainer beside emulated servers, one step after another and one step ahead.
+"""How much of a step overlaps: the real trainer beside emulated servers, one step after another, one ahead, and in flight.
 
-    python benchmarks/overlap.py                    staleness 0 and 1: minutes
+    python benchmarks/overlap.py                    staleness 0, 1, 2 and 4: minutes
     python benchmarks/overlap.py --sweep            and how a step grows with rollouts, lengths, replicas
     python benchmarks/overlap.py --json out.json    the rows, for docs/figures/overlap.py
 
@@ -8,7 +8,8 @@ The servers answer as SGLang does, after the time that a large model would take:
 else it writes (up to a number of responses at once, the rest wait), and a time a sequence for the teacher. Nothing is computed
 for an answer, so both cores belong to the trainer. The bound of a step is the sum of its phases where one follows the other,
 and the longer of drawing (write, score) and training (train, sync) where they overlap; the phases are those measured at
-staleness 0, in the same run of this program.
+staleness 0, in the same run of this program. In flight no step waits for its own longest response: the bound is then the longer
+of training and of the work that a step gives the servers' seats, all of them taken.
 """
 
 import argparse
@@ -38,7 +39,8 @@ from megatron_distill.runs.run_folder import RunFolder
 
 Json = dict[str, Any]
 
-STEPS, WARM_UP = 12, 3
+STEPS, WARM_UP = 14, 5
+STALENESS = (0, 1, 2, 4)
 HORIZON_TOKENS = 160
 STUDENT_TOKEN_S, TEACHER_SEQUENCE_S = 0.012, 0.02
 AT_ONCE = 64  # responses that one server writes at a time
@@ -67,7 +69,9 @@ class Emulated(ThreadingHTTPServer):
     def __init__(self, model_dir: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.info = {"model_path": model_dir, "weight_version": "0"}
+        self.changes = [(time.monotonic(), "0")]  # since when it has served which weights
         self.seats = threading.Semaphore(AT_ONCE)
+        self.work_s = 0.0  # that its seats were taken, added up
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -85,6 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
         if self.path == "/update_weights_from_disk":
+            self.server.changes.append((time.monotonic(), request["weight_version"]))
             self.server.info |= {key: request[key] for key in ("model_path", "weight_version")}
             self._reply({"success": True, "message": ""})
         elif self.path != "/generate":
@@ -106,8 +111,10 @@ class _Handler(BaseHTTPRequestHandler):
             ids[-1] = params["stop_token_ids"][0]
             finish = {"type": "stop", "matched": ids[-1]}
         with self.server.seats:
+            began = time.monotonic()
             time.sleep(length * STUDENT_TOKEN_S)
-        spans = [{"version": self.server.info["weight_version"], "start": 0, "end": length}]
+            self.server.work_s += length * STUDENT_TOKEN_S
+        spans = _spans(self.server.changes, began, length)
         meta = {"finish_reason": finish, "prompt_tokens": len(request["input_ids"]), "weight_versions": spans}
         return {
             "output_ids": ids,
@@ -147,18 +154,26 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+def _spans(changes: list[tuple[float, str]], began: float, length: int) -> list[Json]:
+    """Which weights drew which of ``length`` tokens, the first of them at ``began``."""
+    first_tokens = [int(np.clip(np.ceil((since - began) / STUDENT_TOKEN_S), 0, length)) for since, _ in changes]
+    ends = [*first_tokens[1:], length]
+    spans = zip(changes, first_tokens, ends, strict=True)
+    return [{"version": version, "start": start, "end": end} for (_, version), start, end in spans if start < end]
+
+
 @contextlib.contextmanager
-def emulated(config: config_module.RunConfig, folder: RunFolder) -> Iterator[None]:
-    """All servers of a run, announced where the trainer looks for them."""
+def emulated(config: config_module.RunConfig, folder: RunFolder) -> Iterator[list[Emulated]]:
+    """All servers of a run, the student's first, announced where the trainer looks for them."""
     endpoints.forget(folder)
-    servers = []
+    servers: list[Emulated] = []
     counts = {"student": config.servers.student_replicas, "teacher": config.servers.teacher_replicas}
     for role, number in counts.items():
         for index in range(number):
             servers.append(Emulated(getattr(config, role).path))
             endpoints.announce(folder, role, index, servers[-1].url)
     try:
-        yield
+        yield servers
     finally:
         for server in servers:
             server.shutdown()
@@ -178,9 +193,11 @@ class Row:
         replicas: of the student's servers, as many of the teacher's.
         staleness: ``rollouts.max_staleness_steps``.
         step_s: from one step to the next.
-        draw_s: until the step's samples were there, written, scored and judged; at staleness 1 what was waited for.
+        draw_s: until the step's samples were there, written, scored and judged; ahead, what was waited for.
         train_s: forward, backward and optimizer.
         sync_s: the weights' way to the servers.
+        work_s: what writing a step takes if no seat of the student's servers is ever free.
+        staleness_steps: age of the oldest token of a response, a mean.
         varies: the quantity that its sweep changes.
     """
 
@@ -192,6 +209,8 @@ class Row:
     draw_s: float
     train_s: float
     sync_s: float
+    work_s: float
+    staleness_steps: float
     varies: str = "staleness"
 
 
@@ -217,14 +236,16 @@ def measure(
         folder = RunFolder(Path(root) / "run")
         folder.create()
         config_module.save(config, folder.config)
-        with emulated(config, folder), (folder.logs / "trainer.out").open("w") as out:
+        with emulated(config, folder) as servers, (folder.logs / "trainer.out").open("w") as out:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
             command += ["-m", "megatron_distill.launch.roles", "trainer", str(folder.root)]
             ended = subprocess.run(command, stdout=out, stderr=out, env=os.environ | ROLE_ENV, check=False)
         if ended.returncode:
             raise SystemExit((folder.logs / "trainer.out").read_text()[-3000:])
         steps = folder.steps()[WARM_UP:-1]  # the last one is followed by an evaluation
-    medians = {name: statistics.median(one[name] for one in steps) for name in ("step_s", "train_s", "sync_s")}
+    names = ("step_s", "train_s", "sync_s", "staleness_steps")
+    medians = {name: statistics.median(one[name] for one in steps) for name in names}
+    medians["work_s"] = sum(server.work_s for server in servers[:replicas]) / AT_ONCE / replicas / STEPS
     drawn = statistics.median(one["rollout_s"] + one["score_s"] for one in steps)
     return Row(rollouts, horizon_tokens, replicas, staleness, draw_s=drawn, varies=varies, **medians)
 
@@ -233,17 +254,21 @@ def measure(
 
 
 def overlap() -> list[Row]:
-    """Staleness 0 and 1, and how near each comes to its bound."""
-    serial, ahead = measure(0), measure(1)
+    """Each staleness, and how near it comes to its bound."""
+    rows = [measure(staleness) for staleness in STALENESS]
+    serial = rows[0]
     draw, train = serial.draw_s, serial.train_s + serial.sync_s
-    print("| staleness | step, s | bound, s | step / bound | trainer idle | servers idle |")
-    print("|---|---|---|---|---|---|")
-    for row, bound in ((serial, draw + train), (ahead, max(draw, train))):
-        idle = (1 - min(1, busy / row.step_s) for busy in (train, draw))
+    print("| staleness | measured | step, s | bound, s | step / bound | trainer idle | seats empty | of serial |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        bound = {0: draw + train, 1: max(draw, train)}.get(row.staleness, max(row.work_s, train))
+        idle = (1 - min(1, busy / row.step_s) for busy in (train, row.work_s))
         shares = " | ".join(f"{share:.0%}" for share in idle)
-        print(f"| {row.staleness} | {row.step_s:.2f} | {bound:.2f} | {row.step_s / bound:.2f} | {shares} |", flush=True)
-    print(f"\none step ahead takes {ahead.step_s / serial.step_s:.2f} of the time of one after another")
-    return [serial, ahead]
+        print(
+            f"| {row.staleness} | {row.staleness_steps:.1f} | {row.step_s:.2f} | {bound:.2f} | {row.step_s / bound:.2f} "
+            f"| {shares} | {row.step_s / serial.step_s:.2f} |"
+        )
+    return rows
 
 
 def sweep() -> list[Row]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +70,25 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
 
+class VersionSpan(NamedTuple):
+    """The response tokens ``start`` to ``end - 1`` and the version of the weights that drew them."""
+
+    version: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class SinceVersion:
+    """Weights of this version or of any later one; a response may be drawn by several of them, one after the other."""
+
+    oldest: int
+
+
+WantedVersion = str | SinceVersion | None
+"""Which weights may draw a response: one version for all of its tokens, or any since one; None takes whatever is served."""
+
+
 @dataclass(frozen=True, eq=False)
 class Generation:
     """One sampled response, as the server returned it.
@@ -83,7 +102,8 @@ class Generation:
             top_p and top_k choose the token but do not enter (SGLang's convention). At temperature 0: of ``logits``.
         stop_reason: "stop" or "length".
         stop_token_id: the stop token drawn, or None after "length".
-        weight_version: the one version of the weights that drew every token.
+        weight_version: of the weights that drew the last token.
+        version_spans: which weights drew which tokens, if the weights changed meanwhile; empty if one version drew all.
     """
 
     response_ids: list[int]
@@ -91,6 +111,7 @@ class Generation:
     stop_reason: StopReason
     stop_token_id: int | None
     weight_version: str
+    version_spans: tuple[VersionSpan, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +128,7 @@ class Rollout:
         newest_version: the same, of its last token.
         stop_reason: "stop" or "length".
         is_learnt: [R] bool, the tokens that losses apply to; None for all. An environment's own words are not learnt.
+        version_spans: which weights drew which tokens, if the weights changed meanwhile; empty if one version drew all.
     """
 
     prompt_index: int
@@ -118,6 +140,7 @@ class Rollout:
     newest_version: int
     stop_reason: StopReason
     is_learnt: npt.NDArray[np.bool_] | None = None
+    version_spans: tuple[VersionSpan, ...] = ()
 
     @property
     def num_learnt_tokens(self) -> int:
@@ -176,7 +199,7 @@ class Sampler(Protocol):
         *,
         sampling: SamplingParams,
         seeds: Sequence[int],
-        weight_version: str | None = None,
+        weight_version: WantedVersion = None,
     ) -> list[Generation]:
         """One response to each prompt; the same prompt, parameters, seed and weights give the same response.
 
@@ -184,5 +207,5 @@ class Sampler(Protocol):
             prompts: token ids [P] of each.
             sampling: how tokens are drawn, for all of them.
             seeds: one for each prompt.
-            weight_version: the version that must have drawn every token; None takes any.
+            weight_version: of the weights that may draw it.
         """

@@ -184,3 +184,26 @@ def test_what_lost_its_weights_is_drawn_again_once_they_are_back() -> None:
     source.take = take  # type: ignore[method-assign]
     assert {sample.rollout.newest_version for sample in ahead.take(2, ALL, 8).samples} == {8}
     ahead.close()
+
+
+def test_in_flight_several_steps_are_drawn_at_once_each_of_them_once() -> None:
+    """Later steps are begun before earlier ones are drawn, and end in any order; to begin one again does nothing."""
+    source = VersionedSource()
+    gates = {step: threading.Event() for step in range(1, 4)}
+    asked: list[int] = []
+    take = source.take
+
+    def gated(step: int, share: Share, horizon_tokens: int) -> Collected:
+        asked.append(step)
+        assert gates[step].wait(60)
+        return take(step, share, horizon_tokens)
+
+    source.take = gated  # type: ignore[method-assign]
+    ahead = Ahead(source, None, lambda: False, num_steps=3)
+    for step in (1, 2, 1, 3, 2):
+        ahead.begin(step, ALL, 8)
+    for step in (3, 2, 1):  # each ends although those before it do not
+        gates[step].set()
+        assert len(ahead.take(step, ALL, 8).samples) == 8
+    assert sorted(asked) == [1, 2, 3]
+    ahead.close()

@@ -109,6 +109,20 @@ def test_rules_name_value_rule_and_remedy(override: str, part: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("rollouts.sync_every_steps=2", "must be 1 with rollouts.max_staleness_steps above 0"),
+        (f"rollouts.source={__file__}:base", "must be 0 or 1 with a rollouts.source of your own"),
+    ],
+)
+def test_staleness_that_cannot_be_counted_is_refused(override: str, part: str) -> None:
+    """Staleness counts one push a step, and only the built-in source draws under weights that change."""
+    with pytest.raises(ConfigError) as caught:
+        with_overrides(base(), ["rollouts.max_staleness_steps=2", override])
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("overrides", "part"),
     [
         (["distill.reverse_kl_weight=0.2", "distill.estimator=k2"], "must be 0 (forward) or 1 (reverse)"),

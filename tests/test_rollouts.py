@@ -4,6 +4,7 @@ import itertools
 import math
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,21 @@ from megatron_distill.rollouts.source import Share, SourceContext
 from megatron_distill.rollouts.streamed import StreamedSource
 from megatron_distill.rollouts.summary import is_repetitive, rollout_sums
 from megatron_distill.runs.metrics import check_declared, tracked_step
+from megatron_distill.sglang.wire import serves
 from megatron_distill.teacher import Teacher
-from megatron_distill.types import Generation, Message, Problem, Rollout, Sample, SamplingParams, TopKSignal
+from megatron_distill.types import (
+    Generation,
+    Message,
+    Problem,
+    Rollout,
+    Sample,
+    Sampler,
+    SamplingParams,
+    SinceVersion,
+    TopKSignal,
+    VersionSpan,
+    WantedVersion,
+)
 
 PROBLEMS = [Problem(str(i), (Message("user", "?"),), str(i), solution="7 8 9") for i in range(10)]
 PROMPTS = PromptSet(PROBLEMS, [[i, i + 1] for i in range(10)])
@@ -44,9 +58,9 @@ class SeedSampler:
         *,
         sampling: SamplingParams,
         seeds: Sequence[int],
-        weight_version: str | None = None,
+        weight_version: WantedVersion = None,
     ) -> list[Generation]:
-        assert weight_version in (None, self.version)
+        assert serves(self.version, weight_version)
         return [Generation([seed % 97, seed % 89], np.zeros(2, np.float32), "stop", 0, self.version) for seed in seeds]
 
 
@@ -68,6 +82,8 @@ def source(
     environment: Environment = single_turn,
     off_policy: str = "teacher",
     max_missing_frac: float = 0.1,
+    max_staleness_steps: int = 0,
+    student: Sampler | None = None,
 ) -> StreamedSource:
     config = RunConfig(
         seed=5,
@@ -77,6 +93,7 @@ def source(
         rollouts=RolloutConfig(
             prompts_per_step=4,
             rollouts_per_prompt=2,
+            max_staleness_steps=max_staleness_steps,
             student_prefix_frac=constant(frac),
             off_policy_source=off_policy,  # type: ignore[arg-type]
         ),
@@ -87,7 +104,7 @@ def source(
             train=PROMPTS,
             tokenizer=WordTokenizer(),
             stop_token_ids=(0, 1),
-            student=SeedSampler("3"),
+            student=student or SeedSampler("3"),
             teacher_sampler=SeedSampler("0"),
             teacher=teacher,
             reward=reward,
@@ -250,6 +267,48 @@ def test_an_environment_may_speak_between_turns() -> None:
     assert facts(collect(Share(0, 1), environment=say_twice)) == facts(collect(Share(0, 1), environment=say_twice))
     with pytest.raises(DataError, match="none is left of a horizon of 2"):
         collect(Share(0, 1), horizon=2, environment=say_twice)
+
+
+class ChangingSampler:
+    """Its weights change from version 5 to 6 in the middle of every response."""
+
+    def __init__(self) -> None:
+        self.asked_for: list[WantedVersion] = []
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        /,
+        *,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        weight_version: WantedVersion = None,
+    ) -> list[Generation]:
+        self.asked_for.append(weight_version)
+        spans = (VersionSpan("5", 0, 1), VersionSpan("6", 1, 2))
+        return [Generation([seed % 97, 0], np.zeros(2, np.float32), "stop", 0, "6", spans) for seed in seeds]
+
+
+def test_in_flight_every_response_says_which_weights_drew_which_tokens() -> None:
+    """With a staleness of 2 nothing older than two steps is asked for, and a step counts as old as its oldest token. An
+    environment's own words belong to no weights. Several steps are drawn at once, each with its own rewards."""
+    student = ChangingSampler()
+
+    def last_token(answered: Sequence[Answered], /) -> list[float]:
+        return [float(one.response_ids[0] + int(one.problem.id)) for one in answered]
+
+    made = source(max_staleness_steps=2, student=student, environment=say_twice, reward=last_token)
+    with ThreadPoolExecutor(3) as threads:
+        steps = list(threads.map(lambda step: made.take(step, Share(0, 1), 8).samples, (6, 7, 8)))
+    assert set(student.asked_for) == {SinceVersion(4), SinceVersion(5), SinceVersion(6)}
+    for step, samples in zip((6, 7, 8), steps, strict=True):
+        assert rollout_sums(samples, step, False)["staleness_steps"] == (8.0 * (step - 5), 8.0)
+        for sample in samples:
+            rollout = sample.rollout
+            assert (rollout.oldest_version, rollout.newest_version) == (5, 6)
+            assert rollout.version_spans == (("5", 0, 1), ("6", 1, 2), ("5", 3, 4), ("6", 4, 5))
+            assert sample.reward == rollout.response_ids[0] + rollout.prompt_index
+    made.close()
 
 
 @pytest.mark.parametrize(

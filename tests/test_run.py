@@ -9,6 +9,7 @@ import pytest
 import torch
 from megatron_distill.recipes import tiny, tiny_teachers
 
+from megatron_distill.config.loading import load_recipe
 from megatron_distill.runs.run_folder import RunFolder, read_json, read_lines
 from megatron_distill.sglang.server import ServerSpec, SGLangServer, running
 from tests.support.waiting import processes_naming, wait_until, wait_until_none_names
@@ -204,6 +205,29 @@ def test_a_run_one_step_ahead_resumes_on_the_same_samples(tmp_path: Path) -> Non
     weights = load_file(unbroken.hf / "model.safetensors")
     for name, tensor in load_file(broken.hf / "model.safetensors").items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=2e-4, msg=name)
+
+
+def test_a_run_in_flight_goes_on_after_a_kill_and_loses_no_step(tmp_path: Path) -> None:
+    """At staleness 2, joint loss, weights change under the responses: every step learns from all of its prompts, none of which
+    is older than two steps. Killed in mid-step and started again, it asks for what was in flight, and ends with every step."""
+    joint = ("rollouts.max_staleness_steps=2", "rl.weight=0.5", "rollouts.rollouts_per_prompt=2", "num_steps=6")
+    run_dir, folder = tmp_path / "run", RunFolder(tmp_path / "run")
+    process = start(run_dir, *joint, "save_every_steps=1")
+    wait_until(lambda: folder.latest_checkpoint_step() >= 2 or process.poll() is not None, "two checkpoints")
+    process.kill()
+    process.communicate()
+    wait_until_none_names(str(run_dir))
+    code, output = run(run_dir, *joint, "save_every_steps=1")
+    assert code == 0, output
+    steps = folder.steps()
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(step["staleness_steps"] <= 2 and step["dropped_rollouts"] == 0 for step in steps)
+    assert steps[1]["staleness_steps"] > 0 and steps[-1]["staleness_steps"] > 0
+    prompts_per_step = load_recipe("tiny.quickstart").rollouts.prompts_per_step
+    assert all(step["scored_tokens"] >= 2 * prompts_per_step for step in steps)
+    for sample in read_lines(folder.samples):
+        spans = sample.get("version_spans", [[sample["weight_version"], 0, 1]])
+        assert sample["step"] - 1 - 2 <= int(spans[0][0]) <= int(spans[-1][0]) < sample["step"]
 
 
 @pytest.mark.long

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    """The two kinds of step as bars on a line of time; the sweeps as curves."""
+    """The kinds of step as bars on a line of time; the sweeps as curves."""
     overlap, sweeps = split([json.loads(line) for line in HERE.with_suffix(".json").read_text().splitlines()])
     figure = Figure(figsize=(9.6, 2.6), layout="constrained")
     lanes, *curves = figure.subplots(1, 1 + len(sweeps), width_ratios=[2.2] + [1] * len(sweeps))
@@ -41,11 +41,12 @@ def main() -> None:
 
 
 def split(rows: list[Row]) -> tuple[tuple[Row, Row], dict[str, list[Row]]]:
-    """The pair of stalenesses, then the runs of each sweep."""
-    serial, ahead, *rest = rows
+    """One after another and one ahead, then the runs of each sweep."""
+    serial, ahead, *_ = (row for row in rows if row["varies"] == "staleness")
     sweeps: dict[str, list[Row]] = {}
-    for row in rest:
-        sweeps.setdefault(row["varies"], []).append(row)
+    for row in rows:
+        if row["varies"] != "staleness":
+            sweeps.setdefault(row["varies"], []).append(row)
     return (serial, ahead), sweeps
 
 

@@ -64,15 +64,15 @@ def problems_of(config: RunConfig) -> list[str]:
         rule(getattr(config, section).top_k != 0, f"{section}.top_k", "must be at least 1, or -1 for all tokens.")
     rollouts = config.rollouts
     rule(
-        rollouts.max_staleness_steps in (0, 1),
-        "rollouts.max_staleness_steps",
-        "must be 0 or 1: rollouts are drawn by a step's own weights, or by those of the step before.",
-    )
-    rule(
         rollouts.max_staleness_steps == 0 or rollouts.sync_every_steps == 1,
         "rollouts.sync_every_steps",
-        "must be 1 with rollouts.max_staleness_steps=1: a step's rollouts are then exactly one step old. Set either to its "
-        "default.",
+        "must be 1 with rollouts.max_staleness_steps above 0, which counts weights a step. Set either to its default.",
+    )
+    rule(
+        rollouts.max_staleness_steps < 2 or rollouts.source == "streamed",
+        "rollouts.max_staleness_steps",
+        "must be 0 or 1 with a rollouts.source of your own: from 2 on weights change under responses of several steps at once, "
+        "which only streamed knows how to draw.",
     )
     replicas = config.servers.teacher_replicas
     rule(

@@ -149,8 +149,9 @@ class RolloutConfig:
     max_staleness_steps: int = plain(
         0,
         "0: a step's rollouts are drawn by its own weights, before it trains; 1: they are drawn while the step before it "
-        "trains, by weights one step old",
-        "[0, 1e9]",
+        "trains, by weights one step old; k >= 2: they are drawn while the k steps before it train, and weights change under "
+        "responses that are being written: faster, and no longer a function of the seed",
+        "[0, 1000]",
     )
     temperature: float = plain(1.0, "sampling temperature of rollouts", "(0, inf)")
     top_p: float = plain(1.0, "nucleus of rollouts", "(0, 1]")

@@ -32,7 +32,7 @@ from megatron_distill.runs.run_folder import RunFolder, read_json
 from megatron_distill.sglang.client import SGLangClient
 from megatron_distill.sglang.server import ServerSpec, SGLangServer, running
 from megatron_distill.teacher import CachedSampler, teacher_identity
-from megatron_distill.types import Generation, SamplingParams, TopKSignal
+from megatron_distill.types import Generation, SamplingParams, TopKSignal, WantedVersion
 
 _KEPT_AT_ONCE = 256  # responses drawn between two writes to disk: what an interruption loses
 
@@ -254,7 +254,7 @@ class Resumable:
         *,
         sampling: SamplingParams,
         seeds: Sequence[int],
-        weight_version: str | None = None,
+        weight_version: WantedVersion = None,
     ) -> list[Generation]:
         """One response to each prompt, from disk where it was drawn before."""
         drawn: list[Generation] = []

@@ -30,6 +30,7 @@ from megatron_distill.megatron.router_load import RouterLoad
 from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.models.megatron_gpt import build_gpt_model
 from megatron_distill.models.vocabulary import Vocabulary
+from megatron_distill.rollouts.source import IN_FLIGHT
 from megatron_distill.runs.run_folder import RunFolder
 from megatron_distill.sglang.client import SGLangClient
 from megatron_distill.training.components import Shards, load_components
@@ -233,7 +234,14 @@ def _weight_sync(session: Session, ranks: Ranks, client: SGLangClient | None) ->
     """The config's transport of weights; rank 0 uses its client."""
     servers, client = session.config.servers, client if ranks.rank == 0 else None
     if servers.weight_sync == "disk":
-        return DiskSync(session.hf_config, session.config.student.path, session.folder.sync, client, ranks.world)
+        return DiskSync(
+            session.hf_config,
+            session.config.student.path,
+            session.folder.sync,
+            client,
+            ranks.world,
+            in_flight=session.config.rollouts.max_staleness_steps >= IN_FLIGHT,
+        )
     return BroadcastSync(
         session.hf_config,
         client,

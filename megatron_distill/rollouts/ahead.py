@@ -1,4 +1,4 @@
-"""One step ahead: the next step's samples are drawn while this step trains, is saved and is evaluated.
+"""Ahead: samples of later steps are drawn while this step trains, is saved and is evaluated.
 
     staleness 0                                      staleness 1
     push s | draw s | train s | push s+1 | ...       push s | draw s+1 ............... | push s+1 | draw s+2 ...
@@ -8,6 +8,17 @@ A step's samples are drawn by weights one optimizer step old, always exactly one
 stay a function of the seed. What is ahead lies in the run folder by the time a checkpoint of the same step can be written
 (see ``sample_store``), and a resumed run takes it from there: the very samples of a run that was never stopped. (What a
 server says of a token is the same up to rounding, which depends on the requests that share a batch.)
+
+    staleness k >= 2, in flight
+    push s | draw s+k ............................... | push s+k: the oldest weights that may have drawn a token of it are s
+           | still drawing s+1 ... s+k-1              |
+           | train s, save | push s+1 | train s+1 ... |
+
+From 2 on, nothing is drained: a push pauses the servers, and a response that is half written goes on under the new weights,
+its prefix recomputed by them. Each span of its tokens carries its version. A step still is a fixed set of prompts, so that no
+response is left out for being long, and at most k steps are begun beyond the one that trains. A response is older than k
+steps only where a server lost its weights: it is dropped, counted and asked for again. Which token which weights drew depends
+on when pushes came, so results are no function of the seed, and nothing is kept: a resumed run asks for all that was begun.
 """
 
 import time
@@ -24,25 +35,30 @@ _POLL_S = 0.25
 
 
 class Ahead:
-    """Draws from a source in a thread of its own, now or a step ahead."""
+    """Draws from a source in threads of its own, now or ahead."""
 
-    def __init__(self, source: RolloutSource, store: SampleStore | None, must_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, source: RolloutSource, store: SampleStore | None, must_stop: Callable[[], bool], num_steps: int = 1
+    ) -> None:
         """Draw nothing yet.
 
         Args:
             source: of samples.
             store: keeps what was drawn ahead; None if nothing is.
             must_stop: whether this process was told to end: then nobody waits for samples any more.
+            num_steps: drawn at once.
         """
         self._source, self._store, self._must_stop = source, store, must_stop
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._threads = ThreadPoolExecutor(num_steps, thread_name_prefix="ahead")
         self._asked: dict[int, tuple[Share, int]] = {}
         self._drawing: dict[int, Future[Collected]] = {}
 
     def begin(self, step: int, share: Share, horizon_tokens: int) -> None:
-        """Start to draw ``step``, with the weights that the servers hold."""
+        """Start to draw ``step``, with the weights that the servers hold, unless it was begun."""
+        if step in self._drawing:
+            return
         self._asked[step] = (share, horizon_tokens)
-        self._drawing[step] = self._thread.submit(self._source.take, step, share, horizon_tokens)
+        self._drawing[step] = self._threads.submit(self._source.take, step, share, horizon_tokens)
 
     def drain(self) -> None:
         """Wait until all that was begun is drawn.
@@ -113,6 +129,6 @@ class Ahead:
                     raise StopRequested("stopping: the step is left unsampled, and a checkpoint is written") from None
 
     def close(self) -> None:
-        """End the thread and the source."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """End the threads and the source."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._source.close()

@@ -21,7 +21,15 @@ import numpy.typing as npt
 
 from megatron_distill.errors import DataError
 from megatron_distill.rollouts.order import sampling_seed
-from megatron_distill.types import Generation, Problem, Sampler, SamplingParams, StopReason
+from megatron_distill.types import (
+    Generation,
+    Problem,
+    Sampler,
+    SamplingParams,
+    StopReason,
+    VersionSpan,
+    WantedVersion,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +41,14 @@ class Episode:
         sampler_logprobs: [R] float32, see ``Generation``; nan at what the environment said.
         is_learnt: [R] bool, what the model said; None if that is all of it.
         stop_reason: why the last turn ended.
-        versions: of the weights that drew it, turn by turn.
+        version_spans: which weights drew which tokens, in order; what the environment said belongs to none.
     """
 
     response_ids: list[int]
     sampler_logprobs: npt.NDArray[np.float32]
     is_learnt: npt.NDArray[np.bool_] | None
     stop_reason: StopReason
-    versions: tuple[str, ...]
+    version_spans: tuple[VersionSpan, ...]
 
 
 class Turns:
@@ -53,7 +61,7 @@ class Turns:
         sampling: SamplingParams,
         seed: int,
         num_prompt_tokens: int,
-        weight_version: str | None,
+        weight_version: WantedVersion,
         tokenizer: Any,
     ) -> None:
         """Ask nothing yet.
@@ -133,5 +141,20 @@ def join(parts: Sequence[Generation | Sequence[int]]) -> Episode:
         sampler_logprobs=np.concatenate(logprobs),
         is_learnt=None if is_learnt.all() else is_learnt,
         stop_reason=said[-1].stop_reason,
-        versions=tuple(generation.weight_version for generation in said),
+        version_spans=_spans(parts),
     )
+
+
+def _spans(parts: Sequence[Generation | Sequence[int]]) -> tuple[VersionSpan, ...]:
+    """Of every turn, counted from the first token of the response."""
+    spans: list[VersionSpan] = []
+    start = 0
+    for part in parts:
+        if isinstance(part, Generation):
+            end = start + len(part.response_ids)
+            own = part.version_spans or (VersionSpan(part.weight_version, 0, end - start),)
+            spans += [VersionSpan(version, start + first, start + last) for version, first, last in own]
+            start = end
+        else:
+            start += len(part)
+    return tuple(spans)

@@ -42,5 +42,5 @@ def cut_solution(solution: Sequence[int], horizon_tokens: int) -> Episode:
         sampler_logprobs=np.full(len(response), np.nan, np.float32),
         is_learnt=None,
         stop_reason="stop" if len(response) == len(solution) else "length",
-        versions=(),
+        version_spans=(),
     )

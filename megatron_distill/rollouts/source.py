@@ -16,6 +16,9 @@ from megatron_distill.rollouts.prompts import PromptSet
 from megatron_distill.teacher.base import Teacher
 from megatron_distill.types import Sample, Sampler
 
+IN_FLIGHT = 2
+"""From this ``rollouts.max_staleness_steps`` on, weights change under responses that are being written."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -32,14 +35,22 @@ class Share:
 
 @dataclass(frozen=True)
 class Collected:
-    """What a leader brings back for one step: its replica's samples, prompt-major, and the seconds each phase took."""
+    """What a leader brings back for one step.
+
+    Attributes:
+        samples: of its replica, prompt-major.
+        seconds: that each phase took.
+        num_dropped: responses that were too old, and asked for again, since the step before; None unless weights change in
+            flight.
+    """
 
     samples: list[Sample]
     seconds: dict[str, float]
+    num_dropped: int | None = None
 
 
 class RolloutSource(Protocol):
-    """Draws samples. Lives on the leader of each replica; called from one thread."""
+    """Draws samples. Lives on the leader of each replica; ``take`` is called for one step at a time, except of ``streamed``."""
 
     def take(self, step: int, share: Share, horizon_tokens: int) -> Collected:
         """The samples of ``step`` (0-based): a function of (seed, step, share, horizon, weights), whenever it is called.

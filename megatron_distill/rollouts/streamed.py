@@ -6,7 +6,9 @@
                                          judge:  1    2 . . . 0       │
                                                                       └──> samples, in the order of places
 
-When a request is sent cannot change its answer (see ``order``), so the bits are those of one request after another.
+When a request is sent cannot change its answer (see ``order``), so the bits are those of one request after another. With
+``rollouts.max_staleness_steps`` of 2 or more weights change under a response (see ``ahead``), and several steps are drawn at
+once, the requests of the earlier ones first.
 """
 
 import threading
@@ -22,8 +24,8 @@ from megatron_distill.rollouts.advantages import with_advantages
 from megatron_distill.rollouts.environment import Episode, Turns
 from megatron_distill.rollouts.order import sampling_of, sampling_seed, student_writes
 from megatron_distill.rollouts.solutions import check_solutions, cut_solution, encode_solution
-from megatron_distill.rollouts.source import Collected, Share, SourceContext
-from megatron_distill.types import Author, Rollout, Sample, TopKSignal
+from megatron_distill.rollouts.source import IN_FLIGHT, Collected, Share, SourceContext
+from megatron_distill.types import Author, Rollout, Sample, SinceVersion, TopKSignal, WantedVersion
 
 _OFF_POLICY_SERIAL = 1 << 40  # seeds of what the student does not write lie apart from its own
 
@@ -58,7 +60,7 @@ class StreamedSource:
         num_teacher = max(config.servers.teacher_replicas, 1) * config.servers.requests_per_replica
         self._writers = ThreadPoolExecutor(num_student + num_teacher, thread_name_prefix="rollout")
         self._scorers = ThreadPoolExecutor(num_teacher, thread_name_prefix="score")
-        self._judge = _Judge(context.reward) if context.reward is not None else None
+        self._judges = ThreadPoolExecutor(1, thread_name_prefix="judge")
         self._solutions = _solutions(context) if config.writes_solutions else []
 
     def weights_changed(self, version: int) -> None:
@@ -68,10 +70,13 @@ class StreamedSource:
     def take(self, step: int, share: Share, horizon_tokens: int) -> Collected:
         """See ``RolloutSource``."""
         began = time.perf_counter()
+        reward = self._context.reward
+        judge = _Judge(reward, self._judges) if reward is not None else None
         places = self._places(step, share)
         prompts = self._context.train.prompts
         longest_first = sorted(range(len(places)), key=lambda i: len(prompts[places[i].problem_index]), reverse=True)
-        writing = {self._writers.submit(self._write, places[i], horizon_tokens): i for i in longest_first}
+        wanted = self._wanted(step)
+        writing = {self._writers.submit(self._write, places[i], horizon_tokens, wanted): i for i in longest_first}
         rollouts: dict[int, Rollout] = {}
         scoring: dict[int, Future[TopKSignal | None]] = {}
         try:
@@ -80,11 +85,11 @@ class StreamedSource:
                 rollouts[place] = rollout
                 if self._context.teacher is not None:
                     scoring[place] = self._scorers.submit(self._score, rollout)
-                if self._judge is not None:
-                    self._judge.add(place, self._answered(rollout))
+                if judge is not None:
+                    judge.add(place, self._answered(rollout))
             written = time.perf_counter()
             signals = {place: score.result() for place, score in scoring.items()}
-            rewards = self._judge.take() if self._judge is not None else {}
+            rewards = judge.take() if judge is not None else {}
         except BaseException:
             unfinished: list[Future[Any]] = [*writing, *scoring.values()]
             for future in unfinished:
@@ -99,6 +104,11 @@ class StreamedSource:
             totals = [judged.total for judged in in_order]
             samples = with_advantages(samples, totals, config.rollouts.rollouts_per_prompt, config.rl)
         return Collected(samples, {"rollout_s": written - began, "score_s": time.perf_counter() - written})
+
+    def _wanted(self, step: int) -> WantedVersion:
+        """Which weights may draw the student's responses of ``step``, which is begun now."""
+        staleness = self._context.config.rollouts.max_staleness_steps
+        return SinceVersion(max(0, step - staleness)) if staleness >= IN_FLIGHT else str(self._version)
 
     def _places(self, step: int, share: Share) -> list[Place]:
         """The responses of this replica's part of the step, prompt-major."""
@@ -117,15 +127,16 @@ class StreamedSource:
             places += [Place(index, author, sampling_seed(seed, serial + number)) for number in range(per_prompt)]
         return places
 
-    def _write(self, place: Place, horizon_tokens: int) -> Rollout:
+    def _write(self, place: Place, horizon_tokens: int, wanted: WantedVersion) -> Rollout:
         """One finished response."""
         context = self._context
         prompt_ids = context.train.prompts[place.problem_index]
         if place.author == "data":
             episode = cut_solution(self._solutions[place.problem_index], horizon_tokens)
         else:
-            episode = self._respond(place, prompt_ids, horizon_tokens)
-        versions = [int(version) for version in episode.versions] if place.author == "student" else [0]
+            episode = self._respond(place, prompt_ids, horizon_tokens, wanted)
+        spans = episode.version_spans if place.author == "student" else ()
+        versions = [int(span.version) for span in spans] or [0]
         return Rollout(
             prompt_index=place.problem_index,
             prompt_ids=list(prompt_ids),
@@ -136,9 +147,10 @@ class StreamedSource:
             newest_version=max(versions),
             stop_reason=episode.stop_reason,
             is_learnt=episode.is_learnt,
+            version_spans=spans if len(set(versions)) > 1 else (),
         )
 
-    def _respond(self, place: Place, prompt_ids: list[int], horizon_tokens: int) -> Episode:
+    def _respond(self, place: Place, prompt_ids: list[int], horizon_tokens: int, wanted: WantedVersion) -> Episode:
         context = self._context
         is_students = place.author == "student"
         sampler = context.student if is_students else context.teacher_sampler
@@ -150,7 +162,7 @@ class StreamedSource:
             sampling=sampling_of(context.config.rollouts, horizon_tokens, context.stop_token_ids),
             seed=place.seed,
             num_prompt_tokens=len(prompt_ids),
-            weight_version=str(self._version) if is_students else None,
+            weight_version=wanted if is_students else None,
             tokenizer=context.tokenizer,
         )
         return context.environment(context.train.problems[place.problem_index], list(prompt_ids), turns)
@@ -177,18 +189,16 @@ class StreamedSource:
 
     def close(self) -> None:
         """End the threads."""
-        for pool in (self._writers, self._scorers):
+        for pool in (self._writers, self._scorers, self._judges):
             pool.shutdown(wait=False, cancel_futures=True)
-        if self._judge is not None:
-            self._judge.close()
 
 
 class _Judge:
-    """One thread that judges whatever has ended since it last looked: few calls when it is slow, early ones when not."""
+    """Judges whatever has ended of one step since it last looked: few calls when it is slow, early ones when not."""
 
-    def __init__(self, reward: Reward) -> None:
+    def __init__(self, reward: Reward, thread: ThreadPoolExecutor) -> None:
         self._reward = reward if isinstance(reward, WeightedReward) else WeightedReward({"reward": (reward, 1.0)})
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="judge")
+        self._thread = thread
         self._lock = threading.Lock()
         self._waiting: dict[int, Answered] = {}
         self._calls: list[Future[dict[int, Judged]]] = []
@@ -204,12 +214,8 @@ class _Judge:
         return dict(zip(waiting, self._reward.judge(list(waiting.values())), strict=True)) if waiting else {}
 
     def take(self) -> dict[int, Judged]:
-        """The reward of every place added since the last call."""
-        calls, self._calls = self._calls, []
-        return {place: reward for call in calls for place, reward in call.result().items()}
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """The reward of every place added."""
+        return {place: reward for call in self._calls for place, reward in call.result().items()}
 
 
 def _solutions(context: SourceContext) -> list[list[int]]:

@@ -216,6 +216,15 @@ METRICS: tuple[Metric, ...] = (
         "Steps between the weights that sampled a response and the weights that learn from it.",
         "0.",
         "Above what the recipe allows: a weight sync failed.",
+        form=".2g",
+    ),
+    Metric(
+        "dropped_rollouts",
+        "Rollouts",
+        "Responses older than rollouts.max_staleness_steps since the step before: left out, and asked for again. Only where "
+        "that is 2 or more.",
+        "0.",
+        "Above 0: a student server was started again, see the events.",
         form=".0f",
     ),
     Metric(

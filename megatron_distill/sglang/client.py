@@ -25,7 +25,7 @@ from megatron_distill.errors import ConfigError, DataError
 from megatron_distill.sglang import wire
 from megatron_distill.sglang.control import ReplicaControl
 from megatron_distill.sglang.transport import GaveUp, ReplicaPool
-from megatron_distill.types import Generation, SamplingParams, TopKSignal
+from megatron_distill.types import Generation, SamplingParams, TopKSignal, WantedVersion
 
 Ids = Sequence[int]
 RequestProgress = Callable[[int, int], None]
@@ -87,7 +87,7 @@ class SGLangClient(ReplicaControl):
 
     @property
     def counters(self) -> Counter[str]:
-        """How often since the start: retries, resets, unreachable, quarantined, missing_scores."""
+        """How often since the start: retries, too_old, resets, unreachable, quarantined, missing_scores."""
         return Counter(self._pool.counters)
 
     def generate(
@@ -96,7 +96,7 @@ class SGLangClient(ReplicaControl):
         *,
         sampling: SamplingParams,
         seeds: Sequence[int],
-        weight_version: str | None = None,
+        weight_version: WantedVersion = None,
         progress: RequestProgress | None = None,
     ) -> list[Generation]:
         """Sample one response to each prompt. For several to one prompt, repeat it with other seeds.
@@ -106,7 +106,7 @@ class SGLangClient(ReplicaControl):
             sampling: how tokens are drawn, for all of them.
             seeds: one for each prompt, in [0, 2**63). On a server started with ``deterministic`` the same prompt, seed and
                 weights give the same response, so seeds of one prompt must differ.
-            weight_version: of the weights that must draw every token; None takes any.
+            weight_version: of the weights that may draw it: one version, or any since one; None takes any one.
             progress: called after each response.
 
         Returns:

@@ -91,8 +91,9 @@ class ReplicaControl:
         """Stop drawing tokens on every replica, until ``continue_generation``. New requests wait.
 
         Args:
-            mode: "abort" ends running requests (this client then sends them again); "retract" puts them back in the queue,
-                and a response that goes on under other weights is drawn anew.
+            mode: "abort" ends running requests (this client then sends them again); "retract" puts them back in the queue
+                with the tokens that they have, whose prefix is computed anew afterwards. A response that goes on under other
+                weights is a sample only for who asked for weights ``SinceVersion``; else it is drawn anew.
         """
         self._post_all("/pause_generation", {"mode": mode})
 
@@ -100,14 +101,15 @@ class ReplicaControl:
         """End a ``pause`` on every replica."""
         self._post_all("/continue_generation", {})
 
-    def update_weights_from_disk(self, path: str | os.PathLike[str], version: str) -> None:
+    def update_weights_from_disk(self, path: str | os.PathLike[str], version: str, *, in_flight: bool = False) -> None:
         """Load other weights of the same architecture on every replica, and make sure that every one did.
 
-        Running requests end first; none is answered with a mixture. The directory is checked before a server sees it.
+        The directory is checked before a server sees it.
 
         Args:
             path: Hugging Face directory that every server can read at this path.
             version: label of the new weights; later replies carry it.
+            in_flight: running requests are paused and go on under the new weights; by default they end first.
 
         Raises:
             CheckpointError: the directory is incomplete, or holds another model's tensors. Nothing was sent.
@@ -120,12 +122,16 @@ class ReplicaControl:
         require_same_tensors(model_dir, self._served_tensors)
         # SGLang's scheduler may hold a request for a moment after its last token was answered, and then loads the weights but
         # refuses the update, since it could not drop the cached prefixes. The flush waits until nothing is held.
+        if in_flight:
+            self.pause()
         self.flush_cache(self._control_timeout_s / 2)
         self._post_all(
             "/update_weights_from_disk",
             {"model_path": str(model_dir), "weight_version": version, "flush_cache": True},
         )
         self.require_weight_version(version)
+        if in_flight:
+            self.continue_generation()
 
     def require_weight_version(self, version: str) -> None:
         """Make sure that every replica serves this version of the weights.

@@ -36,7 +36,8 @@ from urllib3.exceptions import (
 
 from megatron_distill.errors import ServerError, StaleWeightsError
 from megatron_distill.sglang.server_log import log_tail
-from megatron_distill.sglang.wire import Json, MalformedReply, NotAnAnswer
+from megatron_distill.sglang.wire import Json, MalformedReply, NotAnAnswer, TooOld, serves
+from megatron_distill.types import SinceVersion, WantedVersion
 
 _CONNECT_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
@@ -169,7 +170,7 @@ class ReplicaPool:
         cancelled: threading.Event,
         *,
         timeout_s: float,
-        weight_version: str | None = None,
+        weight_version: WantedVersion = None,
     ) -> T:
         """Send to the least-loaded replica, retry what is safe, and return ``read(reply)``.
 
@@ -196,9 +197,9 @@ class ReplicaPool:
             replica = self._acquire(cancelled, weight_version)
             deadline += time.monotonic() - began
             try:
-                if weight_version is not None and replica.version != weight_version:
+                if not _is_known_to_serve(replica, weight_version):
                     replica.version = self._version_of(replica)
-                    if replica.version != weight_version:
+                    if not serves(replica.version, weight_version):
                         continue  # to another one, or to the error that says that there is none
                 answer = read(json.loads(replica.call("POST", "/generate", body, timeout_s)))
                 with self._lock:
@@ -220,7 +221,7 @@ class ReplicaPool:
             except (_Busy, NotAnAnswer) as error:
                 problem = str(error)
                 replica.version = None  # it may have been started again
-                self.count("retries")
+                self.count("too_old" if isinstance(error, TooOld) else "retries")
             except (MalformedReply, LookupError, TypeError, ValueError) as error:
                 raise GaveUp(
                     f"{replica.url} = malformed reply: {error}. The server is not the SGLang this client was written "
@@ -294,14 +295,14 @@ class ReplicaPool:
         info = json.loads(replica.call("GET", "/model_info", None, _VERSION_TIMEOUT_S, keep_alive=False))
         return str(info["weight_version"])
 
-    def _acquire(self, cancelled: threading.Event, weight_version: str | None) -> Replica:
+    def _acquire(self, cancelled: threading.Event, weight_version: WantedVersion) -> Replica:
         """The least-loaded replica that is up and not stale, waiting for one if need be. ``_release`` gives it back."""
         while True:
             if cancelled.is_set():
                 raise GaveUp("sglang request = cancelled: another request failed.")
             now = time.monotonic()
             with self._lock:
-                fresh = [r for r in self._by_preference if weight_version in (None, r.version) or r.version is None]
+                fresh = [r for r in self._by_preference if r.version is None or serves(r.version, weight_version)]
                 candidates = [replica for replica in fresh if replica.next_probe <= now]
                 if candidates:
                     replica = min(candidates, key=lambda candidate: candidate.num_in_flight)
@@ -313,8 +314,8 @@ class ReplicaPool:
                 if len(fresh) < len(self.replicas):
                     self._forget_versions(weight_version)
                     raise StaleWeightsError(
-                        f"sglang servers = not weight version {weight_version!r}: no replica that can be reached serves it. "
-                        "They were started again, or an update missed them. Send the current weights before asking again."
+                        f"sglang servers = not weight version {_words(weight_version)}: no replica that can be reached serves "
+                        "that. They were started again, or an update missed them. Send the current weights before asking again."
                     )
             if min(down_s.values()) > self.unreachable_s:
                 raise ServerError(
@@ -325,10 +326,10 @@ class ReplicaPool:
                 )
             cancelled.wait(_PROBE_EVERY_S / 4)
 
-    def _forget_versions(self, weight_version: str | None) -> None:
+    def _forget_versions(self, weight_version: WantedVersion) -> None:
         """Ask stale replicas again next time: by then they may have been given the weights."""
         for replica in self.replicas:
-            if replica.version != weight_version:
+            if not _is_known_to_serve(replica, weight_version):
                 replica.version = None
 
     def _release(self, replica: Replica) -> None:
@@ -353,6 +354,14 @@ class ReplicaPool:
         if replica.log_file is None:
             return f"See the log of {replica.url}."
         return f"Log of {replica.url}: {replica.log_file}\n{log_tail(replica.log_file)}"
+
+
+def _is_known_to_serve(replica: Replica, wanted: WantedVersion) -> bool:
+    return wanted is None or (replica.version is not None and serves(replica.version, wanted))
+
+
+def _words(wanted: WantedVersion) -> str:
+    return f"{wanted.oldest} or later" if isinstance(wanted, SinceVersion) else repr(wanted)
 
 
 def _error_text(body: bytes) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_distill.errors import DataError, ServerError
-from megatron_distill.types import Generation, SamplingParams, TopKSignal
+from megatron_distill.types import Generation, SamplingParams, SinceVersion, TopKSignal, VersionSpan, WantedVersion
 
 Json = dict[str, Any]
 
@@ -33,6 +33,10 @@ RESERVED_TOKENS = 7
 
 class NotAnAnswer(Exception):
     """The server replied properly, but not with what was asked (aborted, mixed weights): ask again."""
+
+
+class TooOld(NotAnAnswer):
+    """Older weights than asked for drew some of the response: it is dropped, and asked for again."""
 
 
 class MalformedReply(Exception):
@@ -105,8 +109,15 @@ def score_request(prompt_ids: list[int], response_ids: list[int], top_k: int, st
     return request
 
 
+def serves(version: str, wanted: WantedVersion) -> bool:
+    """Whether weights of ``version`` may draw a response."""
+    if isinstance(wanted, SinceVersion):
+        return int(version) >= wanted.oldest
+    return wanted in (None, version)
+
+
 def read_generation(
-    reply: Json, num_prompt_tokens: int, max_new_tokens: int, vocab_size: int, weight_version: str | None
+    reply: Json, num_prompt_tokens: int, max_new_tokens: int, vocab_size: int, weight_version: WantedVersion
 ) -> Generation:
     """Check a reply to ``generate_request`` and take it apart.
 
@@ -115,17 +126,18 @@ def read_generation(
         num_prompt_tokens: P, which the reply must echo.
         max_new_tokens: the cap asked for; a response that ended by length must have reached it.
         vocab_size: V.
-        weight_version: the only version to accept, or None for any.
+        weight_version: of the weights that may have drawn it.
 
     Raises:
         NotAnAnswer: the request was aborted, or other weights than asked for drew some of its tokens.
+        TooOld: the same, of ``SinceVersion``.
         MalformedReply: shapes, ids or numbers are not what they must be.
         ServerError: the weights produce NaN.
     """
     meta = _meta(reply, num_prompt_tokens)
     response_ids: list[int] = reply["output_ids"]
     entries = meta["output_token_logprobs"]
-    version = _single_version(meta, weight_version)
+    version, spans = _versions(meta, weight_version)
     finish = meta["finish_reason"]
     if finish["type"] == "stop" and not isinstance(finish.get("matched"), int):
         raise ServerError(
@@ -145,6 +157,7 @@ def read_generation(
         stop_reason=finish["type"],
         stop_token_id=finish.get("matched"),
         weight_version=version,
+        version_spans=spans,
     )
 
 
@@ -195,14 +208,20 @@ def _meta(reply: Json, num_input_tokens: int) -> Json:
     return meta
 
 
-def _single_version(meta: Json, expected: str | None) -> str:
-    versions = {span["version"] for span in meta["weight_versions"]}
-    if len(versions) != 1:
-        raise NotAnAnswer(f"tokens of several weight versions: {sorted(versions)}")
-    version: str = versions.pop()
-    if expected is not None and version != expected:
-        raise NotAnAnswer(f"drawn by weight version {version!r}, and {expected!r} was asked for")
-    return version
+def _versions(meta: Json, wanted: WantedVersion) -> tuple[str, tuple[VersionSpan, ...]]:
+    """The version of the last token, and the spans of all versions if there are several."""
+    spans = meta["weight_versions"]
+    versions = [span["version"] for span in spans]
+    if isinstance(wanted, SinceVersion):
+        if not all(serves(version, wanted) for version in versions):
+            raise TooOld(f"drawn by weight versions {versions}, and none before {wanted.oldest} was asked for")
+    elif len(set(versions)) != 1:
+        raise NotAnAnswer(f"tokens of several weight versions: {sorted(set(versions))}")
+    elif not serves(versions[0], wanted):
+        raise NotAnAnswer(f"drawn by weight version {versions[0]!r}, and {wanted!r} was asked for")
+    if len(spans) == 1:
+        return versions[0], ()
+    return versions[-1], tuple(VersionSpan(span["version"], span["start"], span["end"]) for span in spans)
 
 
 def _top_k(meta: Json, shape: tuple[int, int]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:

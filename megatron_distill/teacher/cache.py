@@ -34,7 +34,7 @@ import numpy.typing as npt
 from megatron_distill.errors import CheckpointError
 from megatron_distill.teacher.base import Teacher
 from megatron_distill.teacher.shard_store import KEY_BYTES, ShardStore
-from megatron_distill.types import Generation, Rollout, Sampler, SamplingParams, TopKSignal
+from megatron_distill.types import Generation, Rollout, Sampler, SamplingParams, TopKSignal, WantedVersion
 
 COMPRESSION_LEVEL = 1
 """Of zlib. On byte planes, higher levels (and zstd) save a few per cent and cost several times the time."""
@@ -146,7 +146,7 @@ class CachedSampler:
         *,
         sampling: SamplingParams,
         seeds: Sequence[int],
-        weight_version: str | None = None,
+        weight_version: WantedVersion = None,
     ) -> list[Generation]:
         """One response to each prompt, the same whenever prompt, sampling and seed are the same.
 

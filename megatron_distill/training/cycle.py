@@ -16,8 +16,8 @@
     Megatron: a checkpoint if one is due, or if a stop was asked for; the next step
 
 With ``rollouts.max_staleness_steps=1`` the leaders begin to draw the step after next at the end of ``sync``, and ``sync``
-begins by waiting for what they drew (``rollouts.ahead``). A decision is a barrier: the step whose horizon it sets is drawn
-after it.
+begins by waiting for what they drew (``rollouts.ahead``). With 2 and more they are as many steps ahead, and nobody waits:
+weights change under what is being written. A decision is a barrier: the step whose horizon it sets is drawn after it.
 
 ``advance`` runs on every rank at the same point (see ``megatron.session``), so that whatever needs all ranks at once happens
 here and nowhere else. Servers hold the weights of the latest sync; a step's rollouts say which ones drew them.
@@ -33,7 +33,7 @@ from megatron_distill.config import RunConfig
 from megatron_distill.errors import DistillError, StaleWeightsError, StopRequested
 from megatron_distill.evaluate.accuracy import Summary
 from megatron_distill.evaluate.sets import EvaluationSet, load_sets
-from megatron_distill.rollouts.source import Share
+from megatron_distill.rollouts.source import IN_FLIGHT, Share
 from megatron_distill.runs.run_folder import RunFolder, append, read_lines
 from megatron_distill.runs.timeline import Timeline
 from megatron_distill.training.curriculum import Measurement, make_curriculum
@@ -110,7 +110,7 @@ class Cycle:
         if self.step == self.config.num_steps:
             return
         self._prepare()
-        self._look_ahead(self.step + 1)
+        self._look_ahead()
 
     def advance(self) -> None:
         """After an optimizer step. Megatron calls once more when training has ended: then nothing is left to do.
@@ -148,7 +148,7 @@ class Cycle:
             seconds["sync_s"] = time.perf_counter() - began
         self._metrics.write(self.step, self._horizon_tokens, self._prepared, seconds)
         if not decide:
-            self._look_ahead(self.step + 1)
+            self._look_ahead()
         if sets:
             self._evaluate(sets)
         self._kept.after_step(self.step)
@@ -157,7 +157,7 @@ class Cycle:
         if self.step < self.config.num_steps:
             self._prepare()
         if decide:
-            self._look_ahead(self.step + 1)
+            self._look_ahead()
 
     def say(self, text: str) -> None:
         """Tell the console, once for all ranks."""
@@ -169,8 +169,9 @@ class Cycle:
     def _sync(self) -> None:
         """Bring the weights to the student's servers, stamped with the number of steps behind them."""
         if self.step != self._synced_version:
-            with self._timeline.span("trainer", "wait"):
-                self._on_leader(lambda leader: leader.ahead.drain())  # its rollouts belong to the weights before
+            if self.config.rollouts.max_staleness_steps < IN_FLIGHT:
+                with self._timeline.span("trainer", "wait"):
+                    self._on_leader(lambda leader: leader.ahead.drain())  # its rollouts belong to the weights before
             self._push_now()
 
     def _push_now(self) -> None:
@@ -231,22 +232,25 @@ class Cycle:
             self._prepared = self._served(lambda: self.feed.prepare(self.step, self._horizon_tokens))
         self._trains_since = time.perf_counter()
 
-    def _look_ahead(self, step: int) -> None:
-        """Let the leaders begin to draw ``step``, unless its horizon is not decided yet."""
-        wanted = self.config.rollouts.max_staleness_steps > 0 and step < self.config.num_steps
-        if wanted and self.leader is not None and not self._curriculum.is_due(step):
+    def _look_ahead(self) -> None:
+        """Let the leaders begin to draw the steps after the present one, up to one whose horizon is not decided yet."""
+        for step in range(self.step + 1, self._last_step_drawn() + 1):
+            if self.leader is None or self._curriculum.is_due(step):
+                return
             self.leader.ahead.begin(step, self._share, self._curriculum.horizon_tokens(step))
+
+    def _last_step_drawn(self) -> int:
+        """The last step that is drawn before the present one has trained."""
+        return min(self.step + self.config.rollouts.max_staleness_steps, self.config.num_steps - 1)
 
     # --- what is due --------------------------------------------------------------------------------------------------
 
     def _is_sync_due(self) -> bool:
-        """Whether the next step samples from the student, with weights that may not be older than these."""
+        """Whether a step that is drawn next samples from the student, with weights that may not be older than these."""
         rollouts = self.config.rollouts
-        is_last = self.step >= self.config.num_steps
-        return (
-            not is_last
-            and self.step % rollouts.sync_every_steps == 0
-            and rollouts.student_prefix_frac.at(self.step) > 0
+        drawn = range(self.step, self._last_step_drawn() + 1)
+        return self.step % rollouts.sync_every_steps == 0 and any(
+            rollouts.student_prefix_frac.at(step) > 0 for step in drawn
         )
 
     def _due_sets(self) -> list[EvaluationSet]:

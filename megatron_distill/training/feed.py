@@ -114,11 +114,14 @@ class StepFeed:
         samples = collected.samples
         mine = None
         if ranks.is_leader:
-            mine = self._counts(samples), rollout_sums(samples, step, self._asks_teacher), self._fewest(samples)
+            counts = self._counts(samples)
+            if collected.num_dropped is not None:
+                counts[_DROPPED] = float(collected.num_dropped)
+            mine = counts, rollout_sums(samples, step, self._asks_teacher), self._fewest(samples)
         facts = [fact for fact in ranks.gather(mine) if fact is not None]
         totals = {name: sum(counts[name] for counts, _, _ in facts) for name in facts[0][0]}
         fewest = max(number for _, _, number in facts)  # the same number on every replica
-        num_response_tokens = totals.pop(_RESPONSE)
+        num_response_tokens, num_dropped = totals.pop(_RESPONSE), totals.pop(_DROPPED, None)
         plan = StepPlan(step, self._reverse_kl_weight(step), num_response_tokens, totals)
         batches = build_micro_batches(
             samples,
@@ -139,6 +142,8 @@ class StepFeed:
         sums = add_sums(sums for _, sums, _ in facts)
         sums["scored_tokens"] = (float(totals.get("distill", 0.0)), 1.0)
         sums["reverse_kl_weight"] = (plan.reverse_kl_weight, 1.0)
+        if num_dropped is not None:
+            sums["dropped_rollouts"] = (num_dropped, 1.0)
         return Prepared(sums, collected.seconds)
 
     def _counts(self, samples: Sequence[Sample]) -> dict[str, float]:
@@ -157,4 +162,4 @@ class StepFeed:
             yield self._queues[number].popleft()
 
 
-_RESPONSE = "response tokens"  # beside the components' names, which hold no spaces
+_RESPONSE, _DROPPED = "response tokens", "dropped rollouts"  # beside the components' names, which hold no spaces

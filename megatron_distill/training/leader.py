@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from megatron_distill.rollouts.environment import Environment, single_turn
 from megatron_distill.rollouts.prompts import PromptSet, load_prompt_set, load_training_set
 from megatron_distill.rollouts.readable import by_token
 from megatron_distill.rollouts.sample_store import SampleStore
-from megatron_distill.rollouts.source import Collected, MakeSource, RolloutSource, Share, SourceContext
+from megatron_distill.rollouts.source import IN_FLIGHT, Collected, MakeSource, RolloutSource, Share, SourceContext
 from megatron_distill.rollouts.streamed import StreamedSource
 from megatron_distill.runs.checkpoints import steps_on_disk
 from megatron_distill.runs.run_folder import RunFolder, append
@@ -111,8 +111,10 @@ class Leader:
             names |= {name for name, _ in weights_of(config.rl).values()}
         self._rewards = {name: load_reward(name, config.rl.reward_timeout_s) for name in names}
         self._source = self._make_source()
-        is_ahead = config.rollouts.max_staleness_steps > 0
-        self.ahead = Ahead(self._source, SampleStore(folder.ahead) if is_ahead else None, must_stop)
+        staleness = config.rollouts.max_staleness_steps
+        self._is_in_flight, self._num_dropped = staleness >= IN_FLIGHT, 0
+        store = SampleStore(folder.ahead) if 0 < staleness < IN_FLIGHT else None
+        self.ahead = Ahead(self._source, store, must_stop, num_steps=1 + staleness if self._is_in_flight else 1)
         self.heldout = HeldOut(
             config,
             folder,
@@ -187,7 +189,10 @@ class Leader:
         if share.rank == 0:
             for sample in collected.samples[:SAMPLES_PER_STEP]:
                 append(self._folder.samples, self._readable(step, sample))
-        return collected
+        if not self._is_in_flight:
+            return collected
+        before, self._num_dropped = self._num_dropped, self.student.counters["too_old"]
+        return replace(collected, num_dropped=self._num_dropped - before)
 
     def weights_changed(self, version: int) -> None:
         """The student's servers hold the weights behind ``version`` optimizer steps."""
@@ -210,6 +215,8 @@ class Leader:
             "response": decode(rollout.response_ids),
             "answer": problem.answer,
         }
+        if rollout.version_spans:
+            facts["version_spans"] = rollout.version_spans
         if sample.reward_parts:
             reward["reward_parts"] = dict(sample.reward_parts)
         return facts | reward | by_token(sample, decode)

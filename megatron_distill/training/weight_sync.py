@@ -76,6 +76,8 @@ class DiskSync:
         directory: Path,
         client: SGLangClient | None,
         world: dist.ProcessGroup | None = None,
+        *,
+        in_flight: bool = False,
     ) -> None:
         """Write nothing yet.
 
@@ -85,9 +87,10 @@ class DiskSync:
             directory: where versions are put; only the latest is kept.
             client: of the student's servers; on global rank 0 only.
             world: gloo group of all ranks, over which they agree on how a push ended; the default group if that is gloo.
+            in_flight: what is being written goes on under the new weights; by default it ends first.
         """
         self._hf_config, self._source, self._directory, self._client = hf_config, source, directory, client
-        self._world = world
+        self._world, self._in_flight = world, in_flight
 
     def push(self, chunks: Sequence[Any], version: int) -> None:
         """See ``WeightSync``."""
@@ -105,7 +108,7 @@ class DiskSync:
         def attempt() -> None:
             if self._client is not None:
                 self._client.wait_reachable()
-                self._client.update_weights_from_disk(self._path(version), str(version))
+                self._client.update_weights_from_disk(self._path(version), str(version), in_flight=self._in_flight)
 
         _together(attempt, self._world)
         return True

@@ -12,7 +12,7 @@ from megatron_distill.recipes import tiny
 from megatron_distill.errors import ConfigError, ServerError, StaleWeightsError
 from megatron_distill.sglang import transport
 from megatron_distill.sglang.client import SGLangClient
-from megatron_distill.types import Generation, SamplingParams
+from megatron_distill.types import Generation, SamplingParams, SinceVersion, VersionSpan
 from tests.support.fake_sglang import FakeSGLang, Handler, Json, Step, changed, fake, good, held, reset, status
 from tests.support.waiting import HANG_S
 
@@ -58,6 +58,29 @@ def test_passing_faults_are_retried(fault: Step) -> None:
         assert generation.response_ids == [7, 7, 7]
         assert server.num_requests == 2
         assert client.counters.total() == 1
+
+
+def test_what_is_too_old_is_dropped_counted_and_asked_for_again() -> None:
+    """A response may span the versions that were asked for, and says which tokens each of them drew; one of which older weights
+    drew a part is no sample, and the next answer takes its place. A server known to be older is not asked at all."""
+    spans = [{"version": "3", "start": 0, "end": 1}, {"version": "5", "start": 1, "end": 3}]
+    spanning = changed(lambda reply: reply["meta_info"].update(weight_versions=spans))
+
+    def since(oldest: int) -> list[Generation]:
+        return client.generate([[5, 6]], sampling=SAMPLING, seeds=[0], weight_version=SinceVersion(oldest))
+
+    newer = changed(lambda reply: reply["meta_info"].update(weight_versions=[spans[1]]))
+    with fake(spanning, spanning, newer) as server, client_of(server) as client:
+        server.info = {"weight_version": "5"}
+        (generation,) = since(3)
+        assert generation.version_spans == (VersionSpan("3", 0, 1), VersionSpan("5", 1, 3))
+        assert generation.weight_version == "5" and not client.counters
+        (generation,) = since(4)
+        assert generation.version_spans == () and generation.weight_version == "5"
+        assert client.counters == {"too_old": 1} and server.num_requests == 3
+        with pytest.raises(StaleWeightsError, match="not weight version 6 or later"):
+            since(6)
+        assert server.num_requests == 3
 
 
 def test_timeout_is_retried() -> None:

@@ -12,7 +12,7 @@ from megatron_distill.errors import CheckpointError, ServerError, StaleWeightsEr
 from megatron_distill.sglang.client import SGLangClient
 from megatron_distill.sglang.server import SGLangServer
 from megatron_distill.training.weight_sync import Bucket, WeightsGroup, send_buckets
-from megatron_distill.types import Generation, SamplingParams
+from megatron_distill.types import Generation, SamplingParams, SinceVersion
 from tests.sglang.conftest import client_of
 from tests.support.tiny_qwen3 import TinyQwen3
 
@@ -150,3 +150,46 @@ def test_aborted_responses_are_drawn_again(client: SGLangClient) -> None:
     thread.join(timeout=120)
     assert [r.response_ids for r in results] == [u.response_ids for u in undisturbed]
     assert client.counters["retries"] > 0
+
+
+@pytest.mark.parametrize("transport", ["disk", "broadcast"])
+def test_responses_go_on_under_new_weights_and_say_which_tokens_they_drew(
+    client: SGLangClient, model: TinyQwen3, other_model: TinyQwen3, transport: str
+) -> None:
+    """New weights come while responses are written. No token is lost; each span's log-probs are those of the weights that it
+    names, given the whole prefix, whoever drew that; and what is not to be older than the new weights is drawn anew."""
+    sampling = SamplingParams(max_new_tokens=300)
+    prompts = [PROMPT, [9, 8, 7], [100, 3]]
+    group = joined_group(client, "in-flight") if transport == "broadcast" else None
+    results: list[Generation] = []
+    drawing = threading.Thread(
+        target=lambda: results.extend(
+            client.generate(prompts, sampling=sampling, seeds=range(3), weight_version=SinceVersion(0))
+        )
+    )
+    drawing.start()
+    for version, pushed in (("1", other_model), ("2", model)):
+        threading.Event().wait(0.3)
+        if group is not None:
+            send_buckets(client, group, buckets_of(pushed), version)
+        else:
+            client.update_weights_from_disk(pushed.directory, version, in_flight=True)
+    drawing.join(timeout=300)
+    if group is not None:
+        leave(client, group, failed=False)
+    weights = {"0": model, "1": other_model, "2": model}
+    spanning = [generation for generation in results if generation.version_spans]
+    assert len(results) == 3 and spanning, "no response was being written when the weights came"
+    for prompt, generation in zip(prompts, results, strict=True):
+        ids = generation.response_ids
+        spans = generation.version_spans or ((generation.weight_version, 0, len(ids)),)
+        assert [start for _, start, _ in spans] == [0, *[end for _, _, end in spans][:-1]] and spans[-1][2] == len(ids)
+        for version, start, end in spans:
+            reference_RV = weights[version].response_logprobs(prompt, ids)
+            np.testing.assert_allclose(
+                generation.sampler_logprobs[start:end], reference_RV[np.arange(start, end), ids[start:end]], atol=5e-5
+            )
+    (fresh,) = client.generate([PROMPT], sampling=SamplingParams(8), seeds=[0], weight_version=SinceVersion(2))
+    assert fresh.weight_version == "2" and not fresh.version_spans
+    with pytest.raises(StaleWeightsError, match="not weight version 3 or later"):
+        client.generate([PROMPT], sampling=SamplingParams(8), seeds=[0], weight_version=SinceVersion(3))
