@@ -282,6 +282,13 @@ class RunConfig:
         "micro_batch_rollouts; changes no result",
         "[0, 1e9]",
     )
+    cpu_threads: int = plain(
+        1,
+        "OpenMP threads of each trainer rank and each CPU server of a run on one machine (elsewhere the cluster profile's env "
+        "decides); 0: its share of the cores, which doctor tells; more than 1 is for large models on idle cores, and the last "
+        "digits of results depend on the number",
+        "[0, 1024]",
+    )
     components: tuple[str, ...] = function(
         (), (), "further terms of the loss beside distill, sft and rl, each path/to/file.py:function, of the RunConfig"
     )

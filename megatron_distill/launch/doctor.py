@@ -17,7 +17,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_distill.config import RolloutConfig, RunConfig
 from megatron_distill.errors import DistillError
+from megatron_distill.launch.threads import num_cores, threads_of
 
 PACKAGES = {
     "torch": "torch",
@@ -147,6 +149,7 @@ def diagnose() -> str:
         "",
         f"  training             {'NCCL' if has_gpu else 'gloo on CPU, fp32, tp x pp x dp'}",
         f"  layers               {'Transformer Engine in bf16' if has_gpu and engine_works else 'Megatron local'}",
+        f"  threads              {_threads()}",
         f"  servers              SGLang on {'GPU' if has_gpu else 'CPU (own platform plugin), float32'}",
         f"  launch               {'NeMo-Run local' if by_name['nemo-run'].version else 'pip install .[launch]'}"
         + (", Slurm" if shutil.which("sbatch") else "; no sbatch on the path"),
@@ -167,6 +170,22 @@ def diagnose() -> str:
             "known to work together, or use the image in docker/."
         )
     return table
+
+
+def _threads() -> str:
+    """What ``cpu_threads`` means here."""
+    cores = num_cores()
+    shares = [
+        f"{threads.rank} a rank and {threads.server} a server {when}"
+        for threads, when in (
+            (threads_of(RunConfig(cpu_threads=0), cores), "where they take turns"),
+            (
+                threads_of(RunConfig(cpu_threads=0, rollouts=RolloutConfig(max_staleness_steps=1)), cores),
+                "with rollouts.max_staleness_steps",
+            ),
+        )
+    ]
+    return f"{cores} cores; 1 a process; cpu_threads=0 gives one rank and two servers {', '.join(shares)}"
 
 
 def version(name: str) -> str | None:

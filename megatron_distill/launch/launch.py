@@ -33,7 +33,10 @@ Train = Callable[[RunConfig, RunFolder, TextIO], None]
 """Makes a whole run, or the rest of one, its progress on the stream: ``local.train``, or ``cluster.train`` of a profile."""
 
 ROLE_ENV = {
-    "OMP_NUM_THREADS": "1",  # one core a rank: more threads than cores cost more than they bring
+    "OMP_NUM_THREADS": "1",  # unless ``cpu_threads`` says otherwise; see ``threads``
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait for each other leave the core to whoever works
+    "GOMP_SPINCOUNT": "0",
+    "KMP_BLOCKTIME": "0",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps communication with computation by launch order
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",  # models are directories; nothing is looked up during a run

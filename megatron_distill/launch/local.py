@@ -38,6 +38,7 @@ from megatron_distill.launch.launch import (
     server_groups,
     trainer_log_size,
 )
+from megatron_distill.launch.threads import num_cores, threads_of
 from megatron_distill.pages.report import write_report
 from megatron_distill.runs.console import Console
 from megatron_distill.runs.run_folder import RunFolder, read_lines, write_json
@@ -198,18 +199,24 @@ def local_tasks(config: RunConfig, folder: RunFolder, gpus: Sequence[str]) -> li
             "servers.*, or launch it on a cluster."
         )
     free = list(gpus)
+    threads = threads_of(config, num_cores())
 
-    def task(name: str, arguments: list[str], size: int) -> Task:
+    def task(name: str, arguments: list[str], size: int, num_threads: int) -> Task:
         mine, free[:] = free[:size], free[size:]
-        env = {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
+        env = {"OMP_NUM_THREADS": str(num_threads)} | ({"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {})
         return Task(name, shlex.join([sys.executable, *arguments, "--launcher-pid", str(os.getpid())]), env)
 
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.num_ranks}"]
-    tasks = [task("trainer", torchrun + role_arguments("trainer", folder), config.num_ranks)]
+    tasks = [task("trainer", torchrun + role_arguments("trainer", folder), config.num_ranks, threads.rank)]
     device = ["--device", "cuda"] if gpus else []  # a server that was given a GPU must not fall back to a CPU
     for role, (replicas, tp) in server_groups(config).items():
         tasks += [
-            task(f"{role}-{index}", [*role_arguments(f"{role}-server", folder), "--index", str(index), *device], tp)
+            task(
+                f"{role}-{index}",
+                [*role_arguments(f"{role}-server", folder), "--index", str(index), *device],
+                tp,
+                threads.server,
+            )
             for index in range(replicas)
         ]
     return tasks

@@ -199,7 +199,9 @@ def _serve(config: RunConfig, folder: RunFolder, role: str, index: int, device: 
     ):  # see megatron.cpu_backend: the user's word goes for all processes
         device = "cpu"
     servers, log_file, key = config.servers, folder.logs / f"{role}-{index}.log", endpoints.key_of(folder)
-    first = SGLangServer(server_spec(config, role, index, endpoints.settle_address(), device), log_file, key)
+    num_threads = int(os.environ.get("OMP_NUM_THREADS", "1"))  # the launcher's choice
+    spec = server_spec(config, role, index, endpoints.settle_address(), device, num_threads)
+    first = SGLangServer(spec, log_file, key)
     endpoints.announce(folder, role, index, first.url)
     limits = SupervisionLimits(servers.startup_timeout_s, servers.hang_timeout_s, servers.max_restarts_per_hour)
     Supervisor(
@@ -210,7 +212,12 @@ def _serve(config: RunConfig, folder: RunFolder, role: str, index: int, device: 
 
 
 def server_spec(
-    config: RunConfig, role: str, index: int, host: str, device: Literal["auto", "cpu", "cuda"] = "auto"
+    config: RunConfig,
+    role: str,
+    index: int,
+    host: str,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    cpu_threads: int = 1,
 ) -> ServerSpec:
     """What one server of a run is.
 
@@ -220,6 +227,7 @@ def server_spec(
         index: of the replica.
         host: address to listen at.
         device: "cuda" where the launcher gave it GPUs: it must not fall back to a CPU.
+        cpu_threads: see ``ServerSpec``.
     """
     servers, is_student = config.servers, role == "student"
     writes = is_student or config.teacher_writes
@@ -232,6 +240,7 @@ def server_spec(
         context_length=config.server_context_tokens,
         deterministic=writes and servers.deterministic,  # scores draw nothing
         tp=servers.student_tp if is_student else servers.teacher_tp,
+        cpu_threads=cpu_threads,
         extra_args=servers.student_args if is_student else servers.teacher_args,
     )
 

@@ -1,16 +1,19 @@
 """Processes of a run on one machine, GPUs shared out among them, and how servers are found."""
 
+import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_distill.config import ParallelConfig, RunConfig, ServersConfig, StudentConfig
+from megatron_distill.config import ParallelConfig, RolloutConfig, RunConfig, ServersConfig, StudentConfig
 from megatron_distill.errors import DistillError, ServerError
 from megatron_distill.launch import endpoints
 from megatron_distill.launch.launch import num_gpus
 from megatron_distill.launch.local import local_tasks, visible_gpus
+from megatron_distill.launch.threads import Threads, num_cores, threads_of
 from megatron_distill.runs.run_folder import RunFolder
 from tests.support.waiting import HANG_S
 
@@ -34,7 +37,7 @@ def test_too_few_gpus_are_refused_and_none_are_fine(tmp_path: Path) -> None:
         local_tasks(CONFIG, RunFolder(tmp_path), [str(i) for i in range(7)])
     tasks = local_tasks(CONFIG, RunFolder(tmp_path), [])
     assert [task.name for task in tasks] == ["trainer", "student-0", "student-1", "teacher-0"]
-    assert all(task.env == {} for task in tasks)
+    assert all(task.env == {"OMP_NUM_THREADS": "1"} for task in tasks)
     assert "--nproc-per-node=4" in tasks[0].command
 
 
@@ -80,3 +83,31 @@ def test_waiting_for_a_server_ends_when_a_role_has_failed(tmp_path: Path) -> Non
     folder.fail("teacher-server-0", "no such model")
     with pytest.raises(ServerError, match="no such model"):
         endpoints.announced(folder, "teacher", 1, timeout_s=600)
+
+
+@pytest.mark.parametrize(
+    ("cpu_threads", "staleness", "cores", "expected"),
+    [
+        (1, 0, 64, Threads(1, 1)),
+        (6, 1, 64, Threads(6, 6)),
+        (0, 0, 64, Threads(16, 16)),  # four ranks; two students and a teacher of two
+        (0, 1, 64, Threads(8, 8)),
+        (0, 2, 2, Threads(1, 1)),
+    ],
+)
+def test_processes_share_the_cores_with_those_that_run_at_the_same_time(
+    cpu_threads: int, staleness: int, cores: int, expected: Threads
+) -> None:
+    """One thread each unless told otherwise, so that results do not depend on the machine; told to share, ranks and servers
+    take turns at staleness 0 and not above; nobody has none."""
+    config = replace(CONFIG, cpu_threads=cpu_threads, rollouts=RolloutConfig(max_staleness_steps=staleness))
+    assert threads_of(config, cores) == expected
+
+
+def test_a_containers_share_of_the_cores_counts(tmp_path: Path) -> None:
+    """A quota of half a core is one; without a quota, or above what the process is bound to, the binding counts."""
+    bound = len(os.sched_getaffinity(0))
+    for text, cores in (("50000 100000", 1), ("max 100000", bound), (f"{1000 * 100000} 100000", bound)):
+        (tmp_path / "cpu.max").write_text(text + "\n")
+        assert num_cores(tmp_path / "cpu.max") == cores
+    assert num_cores(tmp_path / "none") == bound

@@ -7,6 +7,9 @@ export TRITON_CACHE_DIR="/tmp/$(id -un)/triton" TORCHINDUCTOR_CACHE_DIR="/tmp/$(
 export SGLANG_DG_CACHE_DIR="/tmp/$(id -un)/deep_gemm" FLASHINFER_WORKSPACE_BASE="/tmp/$(id -un)/flashinfer"
 set -u
 export OMP_NUM_THREADS=1
+export OMP_WAIT_POLICY=PASSIVE
+export GOMP_SPINCOUNT=0
+export KMP_BLOCKTIME=0
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1
@@ -30,6 +33,9 @@ export TRITON_CACHE_DIR="/tmp/$(id -un)/triton" TORCHINDUCTOR_CACHE_DIR="/tmp/$(
 export SGLANG_DG_CACHE_DIR="/tmp/$(id -un)/deep_gemm" FLASHINFER_WORKSPACE_BASE="/tmp/$(id -un)/flashinfer"
 set -u
 export OMP_NUM_THREADS=1
+export OMP_WAIT_POLICY=PASSIVE
+export GOMP_SPINCOUNT=0
+export KMP_BLOCKTIME=0
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1
@@ -53,6 +59,9 @@ export TRITON_CACHE_DIR="/tmp/$(id -un)/triton" TORCHINDUCTOR_CACHE_DIR="/tmp/$(
 export SGLANG_DG_CACHE_DIR="/tmp/$(id -un)/deep_gemm" FLASHINFER_WORKSPACE_BASE="/tmp/$(id -un)/flashinfer"
 set -u
 export OMP_NUM_THREADS=1
+export OMP_WAIT_POLICY=PASSIVE
+export GOMP_SPINCOUNT=0
+export KMP_BLOCKTIME=0
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1

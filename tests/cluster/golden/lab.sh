@@ -3,6 +3,9 @@
 cd /CWD || exit 1  # where the recipe's relative paths are meant from
 set -u
 export OMP_NUM_THREADS=1
+export OMP_WAIT_POLICY=PASSIVE
+export GOMP_SPINCOUNT=0
+export KMP_BLOCKTIME=0
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1
@@ -21,6 +24,9 @@ wait "$role"; exit $?  # the shell remembers how it ended
 cd /CWD || exit 1  # where the recipe's relative paths are meant from
 set -u
 export OMP_NUM_THREADS=1
+export OMP_WAIT_POLICY=PASSIVE
+export GOMP_SPINCOUNT=0
+export KMP_BLOCKTIME=0
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1
@@ -38,6 +44,9 @@ exit 1  # a server that ends before the trainer has failed, however politely
 cd /CWD || exit 1  # where the recipe's relative paths are meant from
 set -u
 export OMP_NUM_THREADS=1
+export OMP_WAIT_POLICY=PASSIVE
+export GOMP_SPINCOUNT=0
+export KMP_BLOCKTIME=0
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1
