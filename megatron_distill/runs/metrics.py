@@ -292,7 +292,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rollout_s",
         "Time",
-        "Seconds spent sampling responses.",
+        "Seconds spent sampling responses; where they are drawn ahead, seconds that the trainer waited for them.",
         "The largest phase.",
         "Grows: length inflation.",
         form=".2f",

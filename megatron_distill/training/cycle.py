@@ -27,7 +27,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from megatron_distill.config import RunConfig
 from megatron_distill.errors import DistillError, StaleWeightsError, StopRequested
@@ -92,6 +92,7 @@ class Cycle:
         self._horizon_tokens = self._curriculum.horizon_tokens(step)
         self._trains_since = time.perf_counter()
         self._prepared = Prepared({}, {})
+        self._drained_s = 0.0  # waited for the next step's samples before the last push
         self._timeline = Timeline(folder.timeline, is_kept=ranks.rank == 0)
 
     def begin(self) -> None:
@@ -145,7 +146,7 @@ class Cycle:
         if sets or decide or self._is_sync_due():
             began = time.perf_counter()
             self._sync()
-            seconds["sync_s"] = time.perf_counter() - began
+            seconds["sync_s"] = time.perf_counter() - began - self._drained_s
         self._metrics.write(self.step, self._horizon_tokens, self._prepared, seconds)
         if not decide:
             self._look_ahead()
@@ -169,9 +170,11 @@ class Cycle:
     def _sync(self) -> None:
         """Bring the weights to the student's servers, stamped with the number of steps behind them."""
         if self.step != self._synced_version:
+            began = time.perf_counter()
             if self.config.rollouts.max_staleness_steps < IN_FLIGHT:
                 with self._timeline.span("trainer", "wait"):
                     self._on_leader(lambda leader: leader.ahead.drain())  # its rollouts belong to the weights before
+            self._drained_s = time.perf_counter() - began
             self._push_now()
 
     def _push_now(self) -> None:
@@ -229,7 +232,9 @@ class Cycle:
         self._metrics.step_begins()
         self._horizon_tokens = self._curriculum.horizon_tokens(self.step)
         with self._timeline.span("trainer", "wait"):
-            self._prepared = self._served(lambda: self.feed.prepare(self.step, self._horizon_tokens))
+            prepared = self._served(lambda: self.feed.prepare(self.step, self._horizon_tokens))
+        waited = {"rollout_s": prepared.seconds.get("rollout_s", 0.0) + self._drained_s}
+        self._prepared, self._drained_s = replace(prepared, seconds=prepared.seconds | waited), 0.0
         self._trains_since = time.perf_counter()
 
     def _look_ahead(self) -> None:
