@@ -18,13 +18,13 @@ void kl_statistics(const Rows* z, const Rows* t, const uint8_t* excluded, int64_
                    int32_t threads) {
     const auto out_of = true_columns(excluded, V);
     for_each_row(T, V, threads, [&](int64_t row) {
-        Block a, b;
+        Block a(*z, row), b(*t, row);
         Mass A, B;
         double z_gap = 0, t_gap = 0, z_self = 0, t_self = 0;
         Chosen in_z{out_of.data(), int64_t(out_of.size())}, in_t = in_z;
         for_each_block(V, [&](int64_t start, int n) {
-            a.stage(*z, row, start, n);
-            b.stage(*t, row, start, n);
+            a.stage(start, n);
+            b.stage(start, n);
             in_z.block_out(a, start, start + n);
             in_t.block_out(b, start, start + n);
             double da = A.raise(a.max() * scale), db = B.raise(b.max() * scale);
@@ -37,13 +37,12 @@ void kl_statistics(const Rows* z, const Rows* t, const uint8_t* excluded, int64_
                 B.sum *= std::exp(db);
             }
             const Vec max_z = fill(or_zero(A.max)), max_t = fill(or_zero(B.max));
-            const Ahead next_z(*z, row, start + BLOCK), next_t(*t, row, start + BLOCK);
             Vec mass_z{}, mass_t{}, gap_z{}, gap_t{}, self_z{}, self_t{};
             auto add_up = [&](auto add) {
                 mass_z = mass_t = gap_z = gap_t = self_z = self_t = Vec{};
                 for (int i = 0; i < a.padded; i += LANES) {
-                    next_z.fetch(i);
-                    next_t.fetch(i);
+                    a.fetch(i);
+                    b.fetch(i);
                     Vec x = a.at(i) * scale - max_z, y = b.at(i) * scale - max_t, gap = x - y;
                     Vec exp_x = exp(x), exp_y = exp(y);
                     mass_z += exp_x;
@@ -74,24 +73,17 @@ void kl_gradient(const Rows* out, const Rows* z, const Rows* t, int64_t T, int64
                  const float* weight, const float* upstream, float scale, int32_t threads) {
     const bool streams = worth_streaming(*out, *z, T, V);
     for_each_row(T, V, threads, [&](int64_t row) {
-        Block a, b;
+        Block a(*z, row), b(*t, row);
         const float* norm = normalisers + row * 5;
         const Vec max_z = fill(norm[0]), log_z = fill(norm[1]), max_t = fill(norm[2]), log_t = fill(norm[3]);
         const float u = upstream[row] * scale, w = weight[row];
         const Vec kl = fill(norm[4]), forward = fill(u * (1 - w)), reverse = fill(u * w);
-        for_each_out_block(*out, row, V, streams, [&](int64_t start, int n, bool stream) {
-            a.stage(*z, row, start, n);
-            b.stage(*t, row, start, n);
-            const Ahead next_z(*z, row, start + n), next_t(*t, row, start + n);
-            for (int i = 0; i < a.padded; i += LANES) {
-                next_z.fetch(i);
-                next_t.fetch(i);
-                Vec log_q = a.at(i) * scale - max_z - log_z, log_p = b.at(i) * scale - max_t - log_t;
-                Vec q = exp(log_q), p = exp(log_p);
-                store(a.values + i, add_weighted((q - p) * forward, q * reverse, log_q - log_p - kl));
-            }
-            a.write(*out, row, start, n, stream);
-        });
+        auto gradient = [&](Vec x, Vec y) {
+            Vec log_q = x * scale - max_z - log_z, log_p = y * scale - max_t - log_t;
+            Vec q = exp(log_q), p = exp(log_p);
+            return add_weighted((q - p) * forward, q * reverse, log_q - log_p - kl);
+        };
+        write_row(*out, row, V, streams, gradient, a, b);
     });
 }
 
@@ -145,21 +137,20 @@ void mixture_statistics(const Rows* z, const Rows* t, const uint8_t* excluded, i
     const auto out_of = true_columns(excluded, V);
     const Mixture mix = *mixture;
     for_each_row(T, V, threads, [&](int64_t row) {
-        Block a, b;
+        Block a(*z, row), b(*t, row);
         const float* norm = normalisers + row * 5;
         const Vec max_z = fill(norm[0]), log_z = fill(norm[1]), max_t = fill(norm[2]), log_t = fill(norm[3]);
         double divergence = 0, mean_slope = 0;
         Chosen in_z{out_of.data(), int64_t(out_of.size())}, in_t = in_z;
         for_each_block(V, [&](int64_t start, int n) {
-            a.stage(*z, row, start, n);
-            b.stage(*t, row, start, n);
+            a.stage(start, n);
+            b.stage(start, n);
             in_z.block_out(a, start, start + n);
             in_t.block_out(b, start, start + n);
-            const Ahead next_z(*z, row, start + n), next_t(*t, row, start + n);
             Vec total{}, slopes{};
             for (int i = 0; i < a.padded; i += LANES) {
-                next_z.fetch(i);
-                next_t.fetch(i);
+                a.fetch(i);
+                b.fetch(i);
                 Vec log_q = a.at(i) * scale - max_z - log_z, log_p = b.at(i) * scale - max_t - log_t;
                 Terms terms = mixture_terms(log_q, log_p, mix);
                 total += terms.term;
@@ -179,23 +170,16 @@ void mixture_gradient(const Rows* out, const Rows* z, const Rows* t, int64_t T, 
     const bool streams = worth_streaming(*out, *z, T, V);
     const Mixture mix = *mixture;
     for_each_row(T, V, threads, [&](int64_t row) {
-        Block a, b;
+        Block a(*z, row), b(*t, row);
         const float* norm = normalisers + row * 5;
         const Vec max_z = fill(norm[0]), log_z = fill(norm[1]), max_t = fill(norm[2]), log_t = fill(norm[3]);
         const Vec mean = fill(mean_slope[row]), u = fill(upstream[row] * scale);
-        for_each_out_block(*out, row, V, streams, [&](int64_t start, int n, bool stream) {
-            a.stage(*z, row, start, n);
-            b.stage(*t, row, start, n);
-            const Ahead next_z(*z, row, start + n), next_t(*t, row, start + n);
-            for (int i = 0; i < a.padded; i += LANES) {
-                next_z.fetch(i);
-                next_t.fetch(i);
-                Vec log_q = a.at(i) * scale - max_z - log_z, log_p = b.at(i) * scale - max_t - log_t;
-                Terms terms = mixture_slope(log_q, log_p, mix);
-                store(a.values + i, terms.q * (terms.slope - mean) * u);
-            }
-            a.write(*out, row, start, n, stream);
-        });
+        auto gradient = [&](Vec x, Vec y) {
+            Vec log_q = x * scale - max_z - log_z, log_p = y * scale - max_t - log_t;
+            Terms terms = mixture_slope(log_q, log_p, mix);
+            return terms.q * (terms.slope - mean) * u;
+        };
+        write_row(*out, row, V, streams, gradient, a, b);
     });
 }
 
@@ -203,26 +187,25 @@ void mixture_gradient(const Rows* out, const Rows* z, const Rows* t, int64_t T, 
 void softmax_statistics(const Rows* z, int64_t T, int64_t V, const int64_t* chosen, int64_t N, float scale, float* out,
                         int32_t threads) {
     for_each_row(T, V, threads, [&](int64_t row) {
-        Block a;
+        Block a(*z, row);
         Mass A;
         double self = 0;
         std::vector<int64_t> columns(chosen + row * N, chosen + (row + 1) * N);
         std::sort(columns.begin(), columns.end());
         Chosen left_out{columns.data(), N};
         for_each_block(V, [&](int64_t start, int n) {
-            a.stage(*z, row, start, n);
+            a.stage(start, n);
             left_out.block_out(a, start, start + n);
             if (double da = A.raise(a.max() * scale); da != 0) {
                 self = rescaled(da, A.sum, self, da);
                 A.sum *= std::exp(da);
             }
             const Vec max_z = fill(or_zero(A.max));
-            const Ahead next_z(*z, row, start + n);
             Vec mass{}, inner{};
             auto add_up = [&](auto add) {
                 mass = inner = Vec{};
                 for (int i = 0; i < a.padded; i += LANES) {
-                    next_z.fetch(i);
+                    a.fetch(i);
                     Vec x = a.at(i) * scale - max_z, exp_x = exp(x);
                     mass += exp_x;
                     inner = add(inner, exp_x, x);
@@ -245,19 +228,14 @@ void softmax_gradient(const Rows* out, const Rows* z, int64_t T, int64_t V, cons
                       int32_t threads) {
     const bool streams = worth_streaming(*out, *z, T, V);
     for_each_row(T, V, threads, [&](int64_t row) {
-        Block a;
+        Block a(*z, row);
         const Vec max_z = fill(normalisers[row * 2]), log_z = fill(normalisers[row * 2 + 1]);
         const Vec u = fill(upstream[row] * scale), v = fill(-entropy_upstream[row] * scale), h = fill(entropy[row]);
-        for_each_out_block(*out, row, V, streams, [&](int64_t start, int n, bool stream) {
-            a.stage(*z, row, start, n);
-            const Ahead next_z(*z, row, start + n);
-            for (int i = 0; i < a.padded; i += LANES) {
-                next_z.fetch(i);
-                Vec log_q = a.at(i) * scale - max_z - log_z, q = exp(log_q);
-                store(a.values + i, add_weighted(u * q, v, weighted(q, log_q + h)));
-            }
-            a.write(*out, row, start, n, stream);
-        });
+        auto gradient = [&](Vec x) {
+            Vec log_q = x * scale - max_z - log_z, q = exp(log_q);
+            return add_weighted(u * q, v, weighted(q, log_q + h));
+        };
+        write_row(*out, row, V, streams, gradient, a);
     });
 }
 
@@ -266,29 +244,25 @@ void rest_gradient(const Rows* out, const Rows* z, int64_t T, int64_t V, const i
                    int64_t N, const float* rest, const float* upstream, float scale, int32_t threads) {
     const bool streams = worth_streaming(*out, *z, T, V);
     for_each_row(T, V, threads, [&](int64_t row) {
-        Block a;
+        Block a(*z, row);
         const Vec max_z = fill(rest[row * 3]), log_z = fill(rest[row * 3 + 1]);
         const float u = upstream[row] * scale;
         const Vec factor = fill(rest[row * 3 + 2] * u);
-        for_each_out_block(*out, row, V, streams, [&](int64_t start, int n, bool stream) {
-            a.stage(*z, row, start, n);
-            const Ahead next_z(*z, row, start + n);
-            for (int i = 0; i < a.padded; i += LANES) {
-                next_z.fetch(i);
-                Vec log_q = a.at(i) * scale - max_z - log_z;
-                // Chosen columns may lie far above the rest; what comes of them here is overwritten below.
-                store(a.values + i, exp(smaller(fill(80.0f), log_q)) * factor);
-            }
-            a.write(*out, row, start, n, stream);
-        });
+        auto gradient = [&](Vec x) {
+            Vec log_q = x * scale - max_z - log_z;
+            // Chosen columns may lie far above the rest; what comes of them here is overwritten below.
+            return exp(smaller(fill(80.0f), log_q)) * factor;
+        };
+        write_row(*out, row, V, streams, gradient, a);
 #if defined(__SSE2__)
         _mm_sfence();  // what was streamed comes before what now overwrites it
 #endif
-        Block one;
+        OutBlock one(*out);
         for (int64_t i = row * N; i < (row + 1) * N; i++) {
             if (chosen[i] >= V) continue;
-            one.values[0] = chosen_grad[i] * u;
-            one.write(*out, row, chosen[i], 1, false);
+            store(one.made, chosen_grad[i] * u);
+            one.narrow(1);
+            one.write(out->at(row, chosen[i]), 1, false);
         }
     });
 }

@@ -59,11 +59,14 @@ inline uint16_t float_to_half(float f) {
     return sign | uint16_t((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
+// Rounded to bf16 in the upper half of each word; the lower half is to be dropped.
 inline Word round_to_bf16(Vec v) {
     Word bits = (Word)v;
-    Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return v == v ? rounded : Word{} + 0x7fc0u;
+    Word rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return v == v ? rounded : Word{} + 0x7fc00000u;
 }
+
+inline uint16_t float_to_bf16(float f) { return uint16_t(round_to_bf16(fill(f))[0] >> 16); }
 
 inline float from_bf16(uint16_t half) {
     uint32_t bits = uint32_t(half) << 16;
@@ -74,12 +77,23 @@ inline float from_bf16(uint16_t half) {
 
 // Some columns of a row as floats: where they lie if they lie there as whole vectors of floats, else staged in `values`.
 struct Block {
+    const Rows rows;
+    const int64_t row;
     alignas(64) float values[BLOCK];
+    const char* from;
+    const char* next;
     const float* read;
     int padded;  // columns up to whole vectors; those past the end are -inf, which every sum ignores
 
-    inline void stage(const Rows& rows, int64_t row, int64_t start, int n) {
-        const char* from = rows.at(row, start);
+    Block(const Rows& rows, int64_t row) : rows(rows), row(row) {}
+
+    inline void open(int64_t start, int n) {
+        from = rows.at(row, start);
+        next = rows.at(row, start + n);
+    }
+
+    inline void stage(int64_t start, int n) {
+        open(start, n);
         padded = (n + LANES - 1) / LANES * LANES;
         read = values;
         int i = 0;
@@ -99,6 +113,13 @@ struct Block {
 
     inline Vec at(int i) const { return load<Vec>(read + i); }
 
+    // Of 2 * LANES columns in bf16 those with an even and those with an odd number, straight from the opened row.
+    inline Vec even(int i) const { return (Vec)(load<Word>(from + i * 2) << 16); }
+    inline Vec odd(int i) const { return (Vec)(load<Word>(from + i * 2) & 0xffff0000u); }
+
+    // The row's next block: a processor's own prefetching stops at the end of a page.
+    inline void fetch(int i) const { __builtin_prefetch(next + i * rows.size()); }
+
     // NaN is passed over.
     inline float max() const {
         Vec tops[4] = {fill(-INF), fill(-INF), fill(-INF), fill(-INF)};
@@ -108,43 +129,6 @@ struct Block {
         for (; i < padded; i += LANES) tops[0] = larger(at(i), tops[0]);
         return maximum(larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])));
     }
-
-    // Write the first `n` columns. `stream`: past the caches, to an address that is a whole number of vectors.
-    inline void write(const Rows& rows, int64_t row, int64_t start, int n, [[maybe_unused]] bool stream) const {
-        char* to = rows.at(row, start);
-        int i = 0;
-        if (rows.type == F32) {
-#if defined(__AVX512F__)
-            if (stream)
-                for (; i + 16 <= n; i += 16) _mm512_stream_ps((float*)(to + i * 4), _mm512_load_ps(values + i));
-#endif
-            std::memcpy(to + i * 4, values + i, (n - i) * 4);
-        } else if (rows.type == BF16) {
-            for (; i + LANES <= n; i += LANES) {
-                Half half = __builtin_convertvector(round_to_bf16(load<Vec>(values + i)), Half);
-#if defined(__AVX512F__)
-                if (stream) {
-                    _mm256_stream_si256((__m256i*)(to + i * 2), (__m256i)half);
-                    continue;
-                }
-#endif
-                store(to + i * 2, half);
-            }
-            for (; i < n; i++) store(to + i * 2, uint16_t(round_to_bf16(fill(values[i]))[0]));
-        } else {
-            for (; i < n; i++) store(to + i * 2, float_to_half(values[i]));
-        }
-    }
-};
-
-// Where the next block of a row begins, fetched while the present one is computed: a processor's own prefetching stops at
-// the end of a page.
-struct Ahead {
-    const char* from;
-    int size;
-
-    Ahead(const Rows& rows, int64_t row, int64_t start) : from(rows.at(row, start)), size(rows.size()) {}
-    inline void fetch(int column) const { __builtin_prefetch(from + column * size); }
 };
 
 // Chosen columns of a row in ascending order, read block by block.
@@ -194,22 +178,62 @@ inline void for_each_block(int64_t num_columns, Function function) {
         function(start, int(std::min<int64_t>(BLOCK, num_columns - start)));
 }
 
-// Blocks whose starts, but for the first, are addresses fit for streaming stores; and whether to stream at all.
-template <class Function>
-inline void for_each_out_block(const Rows& out, int64_t row, int64_t num_columns, bool stream, Function function) {
-    int size = out.type == F32 ? 4 : 2;
-    int64_t misaligned = ((uintptr_t)out.at(row, 0) % 64) / size;
-    int64_t start = 0;
-    while (start < num_columns) {
-        int64_t width = start == 0 ? BLOCK - misaligned : BLOCK;
-        int n = int(std::min(width, num_columns - start));
-        function(start, n, stream && (start > 0 || misaligned == 0));
-        start += n;
+// A block of a row of gradients, made here and then written at once: streaming stores that alternate with arithmetic reach
+// memory as pieces of lines.
+struct OutBlock {
+    const Rows& rows;
+    alignas(64) char made[BLOCK * 4];
+
+    explicit OutBlock(const Rows& rows) : rows(rows) {}
+
+    // `past_caches`: to an address that is a whole number of vectors.
+    inline void write(char* to, int n, bool past_caches) const {
+        int i = 0, bytes = n * rows.size();
+        if (past_caches)
+            for (; i + LANES * 4 <= bytes; i += LANES * 4) stream(to + i, load<Vec>(made + i));
+        std::memcpy(to + i, made + i, bytes - i);
+    }
+
+    // From floats to the rows' type, in place.
+    inline void narrow(int n) {
+        if (rows.type == F32) return;
+        for (int i = 0; i < n; i++) {
+            float value = load<float>(made + i * 4);
+            store(made + i * 2, rows.type == F16 ? float_to_half(value) : float_to_bf16(value));
+        }
+    }
+};
+
+// Write a function of each column of the `in` into a row of `out`, past the caches if `streams`. Blocks begin, but for the
+// first, where streaming stores may.
+template <class Function, class... In>
+inline void write_row(const Rows& out, int64_t row, int64_t num_columns, bool streams, Function function, In&... in) {
+    OutBlock block(out);
+    const bool pairs = ((out.type == BF16) && ... && (in.rows.type == BF16));
+    const int64_t misaligned = ((uintptr_t)out.at(row, 0) % 64) / out.size();
+    for (int64_t start = 0, n; start < num_columns; start += n) {
+        n = std::min(start == 0 ? BLOCK - misaligned : BLOCK, num_columns - start);
+        if (pairs && n % (2 * LANES) == 0) {
+            (in.open(start, n), ...);
+            for (int i = 0; i < n; i += 2 * LANES) {
+                (in.fetch(i), ...);
+                Word even = round_to_bf16(function(in.even(i)...)), odd = round_to_bf16(function(in.odd(i)...));
+                store(block.made + i * 2, even >> 16 | (odd & 0xffff0000u));
+            }
+        } else {
+            (in.stage(start, n), ...);
+            for (int i = 0; i < n; i += LANES) {
+                (in.fetch(i), ...);
+                store(block.made + i * 4, function(in.at(i)...));
+            }
+            block.narrow(int(n));
+        }
+        block.write(out.at(row, start), int(n), streams && (start > 0 || misaligned == 0));
     }
 }
 
 inline bool worth_streaming(const Rows& out, const Rows& in, int64_t num_rows, int64_t num_columns) {
-    return out.data != in.data && num_rows * num_columns * (out.type == F32 ? 4 : 2) >= (16 << 20);
+    return out.data != in.data && num_rows * num_columns * (out.size()) >= (16 << 20);
 }
 
 inline double or_zero(double maximum) { return maximum == -INF ? 0.0 : maximum; }

@@ -1,7 +1,7 @@
 // Vectors of floats for cpu_kernels.cpp, and the functions of them that its kernels need.
 //
-// Written with the compiler's vector types (GCC, Clang), as wide as the target's registers. AVX-512 intrinsics stand only
-// where these have no word for what the processor can do: scale by a power of two, masked additions, streaming stores.
+// Written with the compiler's vector types (GCC, Clang), as wide as the target's registers. Intrinsics stand only where these
+// have no word for what the processor can do: masked additions, quick reciprocals, streaming stores.
 
 #pragma once
 
@@ -33,6 +33,17 @@ typedef uint16_t Half __attribute__((vector_size(LANES * 2)));
 template <class V> inline V load(const void* from) { V v; std::memcpy(&v, from, sizeof v); return v; }
 template <class V> inline void store(void* to, V v) { std::memcpy(to, &v, sizeof v); }
 inline Vec fill(float x) { return Vec{} + x; }
+
+// Past the caches, to an address that is a whole number of vectors.
+#if defined(__AVX512F__)
+inline void stream(void* to, Vec v) { _mm512_stream_ps((float*)to, (__m512)v); }
+#elif defined(__AVX__)
+inline void stream(void* to, Vec v) { _mm256_stream_ps((float*)to, (__m256)v); }
+#elif defined(__SSE2__)
+inline void stream(void* to, Vec v) { _mm_stream_ps((float*)to, (__m128)v); }
+#else
+inline void stream(void* to, Vec v) { store(to, v); }
+#endif
 
 // The larger and the smaller; b where either is NaN.
 #if defined(__AVX512F__)
@@ -66,25 +77,16 @@ inline float maximum(Vec v) {
 
 // e^x for x <= 88, as 2^n times a polynomial in the rest. Relative error 1e-7 + 1.3e-8 |x|; 0 below -87.3; NaN stays.
 inline Vec exp(Vec x) {
-    const Vec magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-#if defined(__AVX512F__)
-    Vec bounded = larger(fill(-200.0f), x);  // so that -inf has a polynomial
-#else
-    Vec bounded = larger(fill(-87.3f), x);
-#endif
-    Vec shifted = bounded * 1.44269504f + magic, n = shifted - magic, r = bounded * 1.44269504f - n;
+    const Vec magic = fill(12582912.0f + 127.0f);  // 1.5 * 2^23: adding it rounds to an integer; 127: a float's bias
+    Vec shifted = x * 1.44269504f + magic, n = shifted - magic, r = x * 1.44269504f - n;
     Vec p = fill(0.00132647273f);
     p = p * r + 0.00967151299f;
     p = p * r + 0.0555073358f;
     p = p * r + 0.240222424f;
     p = p * r + 0.693147004f;
     p = p * r + 1.0f;
-#if defined(__AVX512F__)
-    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-    Vec e = p * (Vec)(((Int)shifted + 127) << 23);
+    Vec e = p * (Vec)((Int)shifted << 23);
     return x < -87.3f ? Vec{} : e;
-#endif
 }
 
 // log(y + c) for y > 0 and a correction c of the size of y's rounding. Finite for y = 0 and for NaN: callers' weights are

@@ -133,7 +133,9 @@ class _Logprobs(torch.autograd.Function):
         log_q_T = (chosen_T1 - normalisers_T2[:, :1]).squeeze(1) - normalisers_T2[:, 1]
         own_T = -upstream_T * torch.expm1(log_q_T) - entropy_upstream_T * log_q_T.exp() * (log_q_T + entropy_T)
         own_T1 = (plan.inverse_temperature * own_T).unsqueeze(1).to(grad_TV.dtype)
-        grad_TV.scatter_(1, columns_T1, torch.where(mine_T1, own_T1, grad_TV.gather(1, columns_T1)))
+        own_T1 = torch.where(mine_T1, own_T1, grad_TV.gather(1, columns_T1))
+        # Not `scatter_`, which on a CPU takes a bf16 tensor through an fp32 copy of the whole.
+        grad_TV[torch.arange(len(columns_T1), device=columns_T1.device), columns_T1.squeeze(1)] = own_T1.squeeze(1)
         return grad_TV, None, None, None
 
 

@@ -155,6 +155,17 @@ def test_peak_is_a_few_rows_and_the_gradient(in_place) -> None:
     assert peak_bytes(step) <= gradient + 16 * row + 64 * 1024
 
 
+def test_peak_of_a_token_s_log_probability_is_the_gradient() -> None:
+    """In bf16 too, where some of torch's operations go through an fp32 copy of the whole."""
+    student = torch.randn(64, 8_192).bfloat16().requires_grad_()
+
+    def step():
+        terms = vocab_parallel_logprobs(student, torch.zeros(64, dtype=torch.int64), backend="cpp")
+        torch.autograd.grad(terms.logprobs.sum() + terms.entropy.sum(), student)
+
+    assert peak_bytes(step) <= student.nbytes + 64 * 1024
+
+
 def test_gradient_in_place_equals_the_other() -> None:
     """The gradient is the same, and lies in the logits' memory."""
     teacher = torch.randn(6, 40)
