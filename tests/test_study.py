@@ -146,6 +146,22 @@ def test_finished_runs_are_not_repeated(runs: MadeUpRuns, tmp_path: Path, capsys
 
 
 @pytest.mark.slow
+def test_commands_of_different_seeds_share_a_folder(runs: MadeUpRuns, tmp_path: Path) -> None:
+    """One makes the runs of its seeds; while it does, another makes its own, and the results hold what both have made."""
+
+    def beside(config: RunConfig, folder: RunFolder, out: TextIO) -> None:
+        if not runs:
+            run_study(small_study(), tmp_path, runs, seeds=(3,))
+        runs(config, folder, out)
+
+    run_study(small_study(), tmp_path, beside, seeds=(2,))
+    assert runs == [(name, seed) for seed in (3, 2) for name in ("low", "high", "then")]
+    assert len(load(tmp_path / "s" / "results.json").runs) == 6
+    assert [path.name for path in (tmp_path / "s").iterdir() if path.suffix == ".tmp"] == []
+    with pytest.raises(ConfigError, match=r"seeds = 7: the study has none such\. Its seeds: 1, 2, 3"):
+        run_study(small_study(), tmp_path, must_not_train, seeds=(7,))
+
+
 def test_results_are_written_after_each_run_and_a_failure_stops(runs: MadeUpRuns, tmp_path: Path) -> None:
     """The third run fails: the study stops with its cause, and the results hold the two before it; then it goes on."""
 

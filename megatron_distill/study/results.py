@@ -7,6 +7,7 @@ committed beside the command that made it.
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -292,11 +293,11 @@ def _environment(folder: RunFolder) -> dict[str, Any]:
 
 
 def save(results: Results, path: Path) -> None:
-    """Write the results, a run a line, through a temporary name."""
+    """Write the results, a run a line, through a temporary name of this process's own."""
     plain = _nan_to_none(asdict(results))
     runs = ",\n  ".join(json.dumps(run) for run in plain.pop("runs"))
     head = json.dumps(plain, indent=1).removesuffix("\n}")
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(f'{head},\n "runs": [\n  {runs}\n ]\n}}\n', encoding="utf-8")
     temporary.replace(path)
 

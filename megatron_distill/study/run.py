@@ -2,6 +2,7 @@
 
     megatron-distill study tiny.study           run it, or go on where it was interrupted
     megatron-distill study tiny.study --quick   one seed and few steps: a look, not a result
+    megatron-distill study tiny.study --seeds 2 the runs of one seed; commands of different seeds may go on side by side
 
 In: a ``Study`` (see ``study_design``) and a folder. Out, rewritten after every run, so that an interrupted study shows what it
 has:
@@ -18,6 +19,7 @@ Runs are made seed by seed, so that after a third of the time there is an answer
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,13 +40,15 @@ Key = tuple[str, int]
 """A run of a study: its arm's name and its seed."""
 
 
-def run_study(study: Study, folder: Path, train: Train) -> str:
+def run_study(study: Study, folder: Path, train: Train, seeds: Sequence[int] = ()) -> str:
     """Make the runs that are missing, and write the results after each.
 
     Args:
         study: arms, seeds, questions.
         folder: for the runs and the results; absolute. It may hold those of other studies.
         train: makes a run, on this machine or on a cluster.
+        seeds: whose runs are made; none: all. The results hold whatever has finished, whoever made it, so that calls of
+            different seeds may share the folder at the same time.
 
     Returns:
         The verdicts and where the results are, for the console.
@@ -54,6 +58,10 @@ def run_study(study: Study, folder: Path, train: Train) -> str:
         DistillError: a run failed, or its folder holds a run of another config. Finished runs are kept.
     """
     check_study(study)
+    if unknown := sorted(set(seeds) - set(study.seeds)):
+        raise ConfigError(
+            f"--seeds = {unknown[0]}: the study has none such. Its seeds: {', '.join(map(str, study.seeds))}."
+        )
     folders = {
         (arm.name, seed): RunFolder(folder / "runs" / arm.name / f"seed_{seed}")
         for seed in study.seeds
@@ -61,19 +69,18 @@ def run_study(study: Study, folder: Path, train: Train) -> str:
     }
     arms = {arm.name: arm for arm in study.arms}
     configs = {(name, seed): _run_config(arms[name], seed, folders) for name, seed in folders}
-    missing = [key for key, run in folders.items() if not _is_finished(run, configs[key])]
-    print(
-        f"{study.title}: {len(folders) - len(missing)} of {len(folders)} runs finished before, in {folder}", flush=True
-    )
+    finished = _finished(folders, configs)
+    missing = [key for key in folders if key not in finished and key[1] in (seeds or study.seeds)]
+    print(f"{study.title}: {len(finished)} of {len(folders)} runs finished before, in {folder}", flush=True)
     _check_files([configs[key] for key in missing])
     results = folder / study.name
-    verdicts = _publish(study, folders, missing, results)
+    verdicts = _publish(study, finished, results)
     began = time.monotonic()
     for number, key in enumerate(missing, 1):
         print(f"run {number}/{len(missing)}  {key[0]}, seed {key[1]} ... ", end="", flush=True)
         started = time.monotonic()
         _train(configs[key], folders[key], train)
-        verdicts = _publish(study, folders, missing[number:], results)
+        verdicts = _publish(study, _finished(folders, configs), results)
         now = time.monotonic()
         eta = (now - began) / number * (len(missing) - number)
         told = f"; ETA {duration(eta)}" if eta else ""
@@ -135,6 +142,10 @@ def _is_finished(run: RunFolder, config: RunConfig) -> bool:
     return run.has_finished(config.num_steps)
 
 
+def _finished(folders: dict[Key, RunFolder], configs: dict[Key, RunConfig]) -> dict[Key, RunFolder]:
+    return {key: run for key, run in folders.items() if _is_finished(run, configs[key])}
+
+
 def _train(config: RunConfig, run: RunFolder, train: Train) -> None:
     """One run, its console in ``logs/console.log``."""
     run.create()
@@ -150,10 +161,10 @@ def _train(config: RunConfig, run: RunFolder, train: Train) -> None:
         ) from error
 
 
-def _publish(study: Study, folders: dict[Key, RunFolder], missing: list[Key], folder: Path) -> str:
+def _publish(study: Study, finished: dict[Key, RunFolder], folder: Path) -> str:
     """Write results and pages of what has finished; its verdicts."""
     folder.mkdir(parents=True, exist_ok=True)
-    results = collect(study, {key: run for key, run in folders.items() if key not in missing})
+    results = collect(study, finished)
     save(results, folder / "results.json")
     return write_pages(results, folder)
 
