@@ -4,6 +4,8 @@
     python tools/chaos.py FOLDER --faults 60 --seed 7    every kind, at random moments: hours on a small machine
     python tools/chaos.py FOLDER --table                 the table of what was done in FOLDER so far
 
+Disks that fill up need the right to mount one; clocks that jump need `pip install libfaketime`. Without, they are left out.
+
 One run is made whole, in FOLDER/unbroken. Then runs of the same seed are started and broken, one fault a start, and the same
 command is typed again until the run has finished. Every finished run must hold the same bits: weights, every number of every
 step, every response of every evaluation, one record a step, the same files. After every start nothing may be left running.
@@ -13,6 +15,7 @@ Faults are appended to FOLDER/faults.jsonl as they happen, comparisons to FOLDER
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import os
 import random
 import shutil
@@ -64,6 +67,7 @@ class Start:
 
     Attributes:
         overrides: of the recipe, for every start of this program; the unbroken run's too.
+        clock: what its processes add to the time of day, if that can be changed here; a file that libfaketime reads.
     """
 
     overrides: ClassVar[tuple[str, ...]] = ()
@@ -73,13 +77,15 @@ class Start:
         folder.root.parent.mkdir(parents=True, exist_ok=True)
         self.began, self.at = time.monotonic(), time.time()
         self.output = folder.root.parent / f"{folder.root.name}.out"
+        self.clock = folder.root.parent / f"{folder.root.name}.clock"
+        self.clock.write_text("+0")
         with self.output.open("ab") as out:
             self.process = subprocess.Popen(
                 [*_COMMAND, *RECIPE, *self.overrides, "--run-dir", str(folder.root)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                env=os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"},
+                env=os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"} | _changeable_clock(self.clock),
                 start_new_session=True,
             )
 
@@ -127,6 +133,21 @@ class Start:
         names = [" ".join(processes.arguments_of(pid))[:120] for pid in pids]
         processes.send(pids, signal.SIGKILL)
         return names
+
+
+def _changeable_clock(clock: Path) -> dict[str, str]:
+    """An environment in which the time of day, and it alone, is off by what ``clock`` holds; empty without libfaketime."""
+    if importlib.util.find_spec("libfaketime") is None:
+        return {}
+    import libfaketime
+
+    library = Path(libfaketime.__file__).parent / "vendor" / "libfaketime" / "src" / "libfaketime.so.1"
+    return {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_CACHE_DURATION": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
 
 
 # --- moments ----------------------------------------------------------------------------------------------------------
@@ -249,6 +270,11 @@ def _twice(start: Start, rng: random.Random) -> None:
         start.process.send_signal(signal.SIGINT)
 
 
+def _set_clock(start: Start, rng: random.Random) -> None:
+    """The time of day jumps by an hour, forwards or back, and the start goes on; the next one has the right time again."""
+    start.clock.write_text(rng.choice(("+3600", "-3600")))
+
+
 def _second_launch(start: Start, rng: random.Random) -> None:
     """A launch of the same folder beside the first; it must be refused, and the first one goes on."""
     second = Start(start.folder)
@@ -315,6 +341,8 @@ _HELPERS: Callable[[Start], list[int]] = lambda start: start.named("multiprocess
 _ANY = ("starting", "stepping", "saving", "syncing", "ending")
 _LATE = ("stepping", "saving", "syncing")
 
+CLOCK = "clock set by an hour"
+
 FAULTS = (
     Fault("SIGKILL of everything", _ANY, _kill(Start.pids)),
     Fault("SIGKILL of the launcher", _ANY, _kill(_LAUNCHER)),
@@ -336,6 +364,7 @@ FAULTS = (
     Fault("checkpoint zeroed", ("stepping",), _damage(_zero, "*.distcp")),
     Fault("checkpoint's table of contents cut", ("stepping",), _damage(_truncate, ".metadata")),
     Fault("records cut in mid-line", ("stepping",), _cut_records),
+    Fault(CLOCK, _LATE, _set_clock),
     Fault("disk full", _LATE, _fill_disk, _free_disk),
 )
 SHORT = ("SIGKILL of everything", "SIGTERM", "checkpoint truncated")
@@ -535,6 +564,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # a shell's background jobs ignore Ctrl-C, and so would the runs
     Start.overrides = tuple(options.overrides)
     kinds = [fault.name for fault in FAULTS] if options.faults else list(SHORT)
+    if not _changeable_clock(root):
+        kinds = [name for name in kinds if name != CLOCK]
     names = [name for name in kinds if not options.only or any(words in name for words in options.only)]
     root.mkdir(parents=True, exist_ok=True)
     with small_disk(root) as disk:

@@ -3,6 +3,8 @@
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,17 +71,47 @@ def test_a_planted_command_is_not_run(open_it, iteration: Path, tmp_path: Path) 
     assert not (tmp_path / "ran").exists()
 
 
-def test_any_garbage_in_the_table_of_contents_is_one_message(iteration: Path) -> None:
-    """Flipped bytes make a pickle raise anything; a user gets a ``CheckpointError``, or the table as it was."""
-    whole = (iteration / ".metadata").read_bytes()
-    for place in range(0, len(whole), 37):
+_FLIPS = """
+import resource, sys
+from pathlib import Path
+from megatron_distill.convert.damage import damage_of
+from megatron_distill.convert.metadata_pickle import read_metadata
+from megatron_distill.errors import CheckpointError
+
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+directory = Path(sys.argv[1])
+file, right = directory / ".metadata", read_metadata(directory)
+whole = file.read_bytes()
+for place in range(0, len(whole), 29):
+    for bit in (1 << place % 8, 128):
         damaged = bytearray(whole)
-        damaged[place] = (damaged[place] + 101) % 256
-        (iteration / ".metadata").write_bytes(damaged)
-        damage_of(iteration)
-    for garbage in (b"", b"\x80\x04", pickle.dumps([1]), pickle.dumps({"a": 1}), b"not a pickle"):
-        (iteration / ".metadata").write_bytes(garbage)
-        assert "cannot be read" in damage_of(iteration)
+        damaged[place] ^= bit
+        file.write_bytes(damaged)
+        if damage_of(directory):
+            continue
+        found = read_metadata(directory)
+        if found.state_dict_metadata.keys() != right.state_dict_metadata.keys():
+            continue  # a name of a tensor: Megatron will not find what it looks for
+        for name, entry in right.state_dict_metadata.items():
+            assert getattr(found.state_dict_metadata[name], "size", None) == getattr(entry, "size", None), (place, name)
+        assert found.storage_data == right.storage_data, place
+"""
+
+
+@pytest.mark.slow
+def test_any_flipped_bit_in_the_table_of_contents_is_one_message(iteration: Path) -> None:
+    """Found as damage, or without consequence for any shape or place; never a crash, and in bounded memory.
+
+    pickle's unpickler in C takes tens of gigabytes for a memo whose index was flipped.
+    """
+    subprocess.run([sys.executable, "-c", _FLIPS, str(iteration)], check=True)
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\x80\x04", pickle.dumps([1]), pickle.dumps({"a": 1}), b"not a pickle"])
+def test_garbage_for_a_table_of_contents_is_one_message(garbage: bytes, iteration: Path) -> None:
+    """Whatever else a file of that name may hold."""
+    (iteration / ".metadata").write_bytes(garbage)
+    assert "cannot be read" in damage_of(iteration)
 
 
 def test_inspect_fails_where_something_is_wrong(iteration: Path, capsys: pytest.CaptureFixture[str]) -> None:
