@@ -61,6 +61,7 @@ _RUN = {
     "load": "checkpoints are in the run folder",
     "async-save": "Megatron's process that saves beside training dies without a GPU, and the trainer then waits for ever; "
     "it has not been tried on one",
+    "defer-embedding-wgrad-compute": "the head's gradient is computed with the loss, and nothing is left to defer",
     "ckpt-format": "conversion and resume read it",
     "distributed-backend": "the machine decides it",
     "no-save-optim": "a resumed run equals an unbroken one; for weights alone there is checkpoints.export_hf",

@@ -282,6 +282,12 @@ class RunConfig:
         "micro_batch_rollouts; changes no result",
         "[0, 1e9]",
     )
+    head_chunk_tokens: int = plain(
+        0,
+        "response tokens whose logits exist at a time: a micro-batch's loss and its gradient are computed so many tokens by so "
+        "many; 0 is as many as fill 64 MiB on a CPU and 512 MiB on a GPU in fp32; changes no result",
+        "[0, 1e9]",
+    )
     cpu_threads: int = plain(
         1,
         "OpenMP threads of each trainer rank and each CPU server of a run on one machine (elsewhere the cluster profile's env "

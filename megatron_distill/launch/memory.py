@@ -20,6 +20,7 @@ from megatron_distill.models.pipeline import stage_layers
 GIB = 1 << 30
 SERVER_SHARE = 0.85  # of a GPU's memory that SGLang plans with
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
+CHUNK_LOGIT_BYTES = 512 << 20  # of one model, in fp32, on a GPU: what ``head_chunk_tokens=0`` stands for
 OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12}  # a parameter: two fp32 moments; under bf16 an fp32 master copy as well
 
 
@@ -148,11 +149,18 @@ def trainer_memory(config: RunConfig, student: HfConfig, teacher: HfConfig | Non
     rollouts = config.micro_batch_rollouts * config.max_horizon_tokens
     response = (micro_batch_tokens(config) if config.micro_batch_tokens else rollouts) / parallel.cp
     columns = padded_vocab_size(student.vocab_size, VOCAB_DIVISOR, parallel.tp) // parallel.tp
+    chunk = min(config.head_chunk_tokens or max(CHUNK_LOGIT_BYTES // (4 * columns), 1), response)
     copies, gradient = _logit_copies(config)
     yield Part(
         "logits",
-        columns * response * size * copies,
-        f"{response:,.0f} response tokens x {columns:,} columns a rank, {gradient}",
+        columns * chunk * size * copies,
+        f"{chunk:,.0f} response tokens at a time x {columns:,} columns a rank, {gradient}",
+    )
+    summed, precision = (4, "fp32") if layout.dtype == "fp32" else (4 + size, f"fp32 and {layout.dtype}")
+    yield Part(
+        "head",
+        (2 * response * size + columns * summed) * student.hidden_size,
+        f"{response:,.0f} response tokens' hidden states and their gradient; the output matrix's gradient, {precision}",
     )
     frozen_models: dict[str, HfConfig] = {}
     if teacher is not None and config.distill.weight > 0 and config.teacher.in_trainer:
@@ -162,11 +170,14 @@ def trainer_memory(config: RunConfig, student: HfConfig, teacher: HfConfig | Non
     for name, model in frozen_models.items():
         frozen = sum(rank_parameters(model, replace(parallel, pp=1, vpp=1)))
         yield Part(f"{name} weights", frozen * size, f"{frozen:,} parameters a rank x {size} B, no gradients")
-        yield Part(f"{name} logits", columns * size * response, "of one micro-batch's response tokens")
+        rows = response * model.hidden_size
+        yield Part(
+            f"{name} logits", (columns * chunk + rows) * size, "of as many tokens, and all tokens' hidden states"
+        )
 
 
 def _logit_copies(config: RunConfig) -> tuple[int, str]:
-    """Buffers of the size of the logits at the height of the backward pass, and why."""
+    """Buffers of the size of a chunk's logits while its gradient is taken, and why."""
     distill = config.distill
     num_components = sum(bool(part.weight) for part in (distill, config.sft, config.rl)) + len(config.components)
     if num_components > 1:

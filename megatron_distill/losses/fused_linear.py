@@ -78,12 +78,11 @@ def fused_linear_distill_kl(
                 f"{name}_head = {tuple(head.shape)}: must be [V, {hidden.shape[-1]}], as {name}_hidden has "
                 f"{hidden.shape[-1]} features. The logits are hidden @ head.T. Pass the output matrix as Megatron holds it."
             )
-    student_width, num_features = student_head.shape
+    num_features = student_head.shape[1]
     shards = vocab_shards(
-        student_width, teacher_head.shape[0], tp_group, vocab_size, stop_token_groups, student_hidden.device
+        student_head.shape[0], teacher_head.shape[0], tp_group, vocab_size, stop_token_groups, student_hidden.device
     )
-    budget = _CHUNK_LOGIT_BYTES.get(student_hidden.device.type, _CHUNK_LOGIT_BYTES["cuda"])
-    chunk = chunk_tokens or max(1, budget // (4 * student_width))
+    chunk = chunk_tokens or default_chunk_tokens(student_head)
     terms = _FusedLinearKL.apply(
         student_hidden.reshape(-1, num_features),
         student_head,
@@ -95,6 +94,12 @@ def fused_linear_distill_kl(
         reduce_hidden_grad,
     )
     return KLTerms(*(term.view(student_hidden.shape[:-1]) for term in terms))
+
+
+def default_chunk_tokens(head: Tensor) -> int:
+    """Tokens whose logits, under a head `[V, H]`, are worth making at a time on its device."""
+    budget = _CHUNK_LOGIT_BYTES.get(head.device.type, _CHUNK_LOGIT_BYTES["cuda"])
+    return max(1, budget // (4 * head.shape[0]))
 
 
 def add_product_(total_VH: Tensor, logits_grad_TV: Tensor, hidden_TH: Tensor) -> None:

@@ -228,6 +228,7 @@ def _gap(client: Any, model: Any, vocab_size: int, backend: Backend, version: st
     from megatron_distill.megatron.forward_step import run_model
     from megatron_distill.rollouts.batches import build_micro_batches
     from megatron_distill.sglang.wire import SamplingParams
+    from megatron_distill.training.chunked_head import HiddenTensors
     from megatron_distill.types import Rollout, Sample
 
     rng = np.random.default_rng(0)
@@ -254,7 +255,9 @@ def _gap(client: Any, model: Any, vocab_size: int, backend: Backend, version: st
     )
     batch = batch.to(next(model.parameters()).device)
     with torch.no_grad():
-        logits = run_model(model, batch, packed_kernels=backend.packed_kernels)
+        said = run_model(model, batch, packed_kernels=backend.packed_kernels)
+        assert isinstance(said, HiddenTensors)
+        logits = said.logits()
     logprobs = logits[:, :vocab_size].float().log_softmax(-1).gather(1, batch.target_ids_T[:, None])[:, 0]
     gap = float((logprobs - batch.sampler_logprobs_T).abs().mean())
     bound = GAP_NATS[next(model.parameters()).dtype]

@@ -1,30 +1,30 @@
-"""The function that Megatron's loop calls on each micro-batch: student logits, then the loss.
+"""The function that Megatron's loop calls on each micro-batch: the student's hidden states, then the loss.
 
 ``make_forward_step`` returns a ``forward_step(data_iterator, model)`` for ``megatron.training.pretrain`` or for any
 script that drives Megatron's schedules; the iterator must yield ``StepBatch``es.
 
-    batch -> model -> response tokens' hidden rows -> logits [T, V/tp] -> objective -> one number, and metrics
+    batch -> model -> response tokens' hidden rows [T, H] -> chunks of logits -> objective -> one number, and metrics
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from megatron_distill.rollouts.batches import MicroBatch
-from megatron_distill.training.components import LogitTensors
+from megatron_distill.training.chunked_head import ChunkedHead, HiddenTensors
 from megatron_distill.training.feed import StepBatch
-from megatron_distill.training.objective import Objective
 
-FrozenLogits = Callable[[MicroBatch], torch.Tensor]
-"""Logits [T, V/tp] of a model that runs beside the student without learning, for the batch's response tokens."""
+FrozenModel = Callable[[MicroBatch], HiddenTensors]
+"""What a model that does not learn says of a batch's response tokens, wherever it runs."""
 
 
-def run_model(model: Any, batch: MicroBatch, *, packed_kernels: bool) -> torch.Tensor:
-    """The model's output for a micro-batch: on the last pipeline stage, the logits [T, V/tp] of response tokens, in its dtype.
+def run_model(model: Any, batch: MicroBatch, *, packed_kernels: bool) -> torch.Tensor | HiddenTensors:
+    """The model's output for a micro-batch: on the last pipeline stage, hidden states of response tokens, and the head.
 
-    Only rows that predict a response token pass through the output layer (Megatron's ``output_processor``), and the logits
-    are not copied to fp32: the losses compute in fp32 whatever they are given.
+    Only rows that predict a response token leave the model (Megatron's ``output_processor``), in its dtype: the losses compute
+    in fp32 whatever they are given.
 
     Args:
         model: a Megatron ``GPTModel``, wrapped or not.
@@ -32,7 +32,7 @@ def run_model(model: Any, batch: MicroBatch, *, packed_kernels: bool) -> torch.T
         packed_kernels: attention goes to packed sequences by their lengths, over one long row [1, R * L]; Megatron's local
             attention takes the rows and a block-diagonal mask.
     """
-    options: dict[str, Any] = {"output_processor": _response_head, "output_processor_context": batch.logits_index_T}
+    options: dict[str, Any] = {"output_processor": _response_rows, "output_processor_context": batch.logits_index_T}
     if _is_half(model):
         options["fp32_output"] = False
     if not packed_kernels:
@@ -55,31 +55,49 @@ def run_model(model: Any, batch: MicroBatch, *, packed_kernels: bool) -> torch.T
     return model(tokens, positions, None, packed_seq_params=packed, **options)
 
 
-def _response_head(
+def _response_rows(
     *,
     hidden_states: torch.Tensor,
     output_layer: Any,
     output_weight: torch.Tensor | None,
     context: torch.Tensor,
     **_: Any,
-) -> torch.Tensor:
-    """The output layer on the rows ``context`` [T] of the hidden states [L, R, H], or [L / tp, R, H] of every tp rank.
+) -> HiddenTensors:
+    """The rows ``context`` [T] of the hidden states [L, R, H], or [L / tp, R, H] of every tp rank; and the output matrix.
 
-    Under sequence parallelism the rows are gathered here, and the layer then treats them as whole: the backward of its own
-    copy adds up the ranks' gradients once, so the gather's must not add them again.
+    The rows' gradient will be that of this rank's columns: the backward of either mapping adds up the ranks'.
     """
-    was_sequence_parallel = output_layer.sequence_parallel
-    if was_sequence_parallel:
-        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+    from megatron.core.tensor_parallel import (
+        copy_to_tensor_model_parallel_region,
+        gather_from_sequence_parallel_region,
+    )
 
-        hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+    is_sequence_parallel = output_layer.sequence_parallel
+    if is_sequence_parallel:
+        hidden_states = gather_from_sequence_parallel_region(hidden_states)
     rows = hidden_states.transpose(0, 1).reshape(-1, hidden_states.shape[-1]).index_select(0, context)
-    output_layer.sequence_parallel = False
-    try:
-        logits, _bias = output_layer(rows.unsqueeze(1), weight=output_weight)
-    finally:
-        output_layer.sequence_parallel = was_sequence_parallel
-    return logits.squeeze(1)
+    if not is_sequence_parallel:
+        rows = copy_to_tensor_model_parallel_region(rows)
+    with torch.no_grad():
+        # Of no rows, for the sake of the layer's hooks: one waits for its weights under --overlap-param-gather.
+        output_layer.sequence_parallel = False
+        output_layer(rows[:0].unsqueeze(1), weight=output_weight)
+        output_layer.sequence_parallel = is_sequence_parallel
+    weight = output_layer.weight if output_weight is None else output_weight
+    adds_itself = output_layer.gradient_accumulation_fusion and hasattr(weight, "main_grad")
+    return HiddenTensors(rows, weight, partial(_into_main_grad, weight) if adds_itself else None)
+
+
+def _into_main_grad(head_VH: torch.Tensor, grad_VH: torch.Tensor) -> torch.Tensor:
+    """Add the head's gradient to Megatron's fp32 one, as its linear layers do under ``gradient_accumulation_fusion``.
+
+    What autograd then has of it only runs the hooks. Where an embedding is the head as well, that is added to the embedding's
+    own part, and must be zero.
+    """
+    head: Any = head_VH
+    head.main_grad.add_(grad_VH)
+    head.grad_added_to_main_grad = True
+    return torch.zeros_like(head_VH) if getattr(head, "zero_out_wgrad", False) else torch.empty_like(head_VH)
 
 
 def _is_half(model: Any) -> bool:
@@ -92,20 +110,20 @@ def _is_half(model: Any) -> bool:
 
 
 def make_forward_step(
-    objective: Objective,
+    head: ChunkedHead,
     *,
     packed_kernels: bool,
-    teacher_logits: FrozenLogits | None = None,
-    reference_logits: FrozenLogits | None = None,
+    teacher: FrozenModel | None = None,
+    reference: FrozenModel | None = None,
     record: Callable[[dict[str, torch.Tensor]], None] | None = None,
-) -> Callable[[Iterator[StepBatch], Any], tuple[torch.Tensor, Callable[[torch.Tensor], Any]]]:
+) -> Callable[[Iterator[StepBatch], Any], tuple[Any, Callable[[HiddenTensors], Any]]]:
     """Build the ``forward_step`` of a run.
 
     Args:
-        objective: turns response logits into a loss and metrics.
+        head: turns hidden states into a loss and metrics.
         packed_kernels: see ``run_model``.
-        teacher_logits: the teacher in the trainer; None if its scores travel with the batch.
-        reference_logits: RL's reference model; None without one.
+        teacher: gives the teacher's hidden states and its head; None if its scores travel with the batch.
+        reference: RL's reference model; None without one.
         record: takes every micro-batch's {metric: [sum, count]}, e.g. ``StepSums.add``.
 
     Returns:
@@ -113,20 +131,22 @@ def make_forward_step(
         ``--calculate-per-token-loss`` wants, (sum over tokens, number of tokens, {metric: [sum, count]}).
     """
 
-    def forward_step(
-        data_iterator: Iterator[StepBatch], model: Any
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+    def forward_step(data_iterator: Iterator[StepBatch], model: Any) -> tuple[Any, Callable[[HiddenTensors], Any]]:
         step_batch = next(data_iterator)
         batch, plan = step_batch.batch, step_batch.plan
         output = run_model(model, batch, packed_kernels=packed_kernels)
 
-        def loss_function(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            signal = LogitTensors(teacher_logits(batch)) if teacher_logits is not None else None
-            reference = reference_logits(batch) if reference_logits is not None else None
-            report = objective(logits, batch, plan, signal, reference)
+        def loss_function(student: HiddenTensors) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            report = head(
+                student,
+                batch,
+                plan,
+                teacher=teacher(batch) if teacher is not None else None,
+                reference=reference(batch) if reference is not None else None,
+            )
             if record is not None:
                 record(report.sums)
-            num_tokens = torch.tensor(batch.target_ids_T.numel(), dtype=torch.int, device=logits.device)
+            num_tokens = torch.tensor(batch.target_ids_T.numel(), dtype=torch.int, device=report.loss.device)
             return report.loss, num_tokens, {"loss": report.sums["loss"]}
 
         return output, loss_function

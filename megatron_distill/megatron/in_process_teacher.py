@@ -1,7 +1,8 @@
-"""The teacher as a Megatron model beside the student: full-vocabulary logits, sharded like the student's.
+"""The teacher as a Megatron model beside the student: its whole distribution, its head sharded like the student's.
 
-In: a Hugging Face directory and the student's parallel layout. Out: logits [T, V/tp] of a batch's response tokens, without
-a server, a top-k or a transfer. Costs the teacher's parameters and one forward pass on the trainer's devices.
+In: a Hugging Face directory and the student's parallel layout. Out: hidden states of a batch's response tokens and the head
+that makes logits [T, V/tp] of them, without a server, a top-k or a transfer. Costs the teacher's parameters and one forward
+pass on the trainer's devices.
 """
 
 from dataclasses import replace
@@ -16,6 +17,7 @@ from megatron_distill.megatron.forward_step import run_model
 from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.models.megatron_gpt import build_gpt_model, transformer_config_kwargs
 from megatron_distill.rollouts.batches import MicroBatch
+from megatron_distill.training.chunked_head import HiddenTensors
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -50,9 +52,11 @@ class InProcessTeacher:
         self._packed_kernels = backend.packed_kernels
 
     @torch.no_grad()
-    def __call__(self, batch: MicroBatch) -> torch.Tensor:
-        """Logits [T, V/tp] of the batch's response tokens, in the student's dtype."""
-        return run_model(self._model, batch, packed_kernels=self._packed_kernels)
+    def __call__(self, batch: MicroBatch) -> HiddenTensors:
+        """What it says of the batch's response tokens, in the student's dtype."""
+        said = run_model(self._model, batch, packed_kernels=self._packed_kernels)
+        assert isinstance(said, HiddenTensors)
+        return said
 
 
 def config_like(student: "TransformerConfig", hf_config: HfConfig, backend: Backend) -> "TransformerConfig":

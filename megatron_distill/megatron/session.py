@@ -33,6 +33,7 @@ from megatron_distill.models.vocabulary import Vocabulary
 from megatron_distill.rollouts.source import IN_FLIGHT
 from megatron_distill.runs.run_folder import RunFolder
 from megatron_distill.sglang.client import SGLangClient
+from megatron_distill.training.chunked_head import ChunkedHead
 from megatron_distill.training.components import Shards, load_components
 from megatron_distill.training.cycle import Cycle
 from megatron_distill.training.feed import Packing, StepFeed
@@ -180,10 +181,10 @@ class _Live:
             config.rollouts.temperature,
         )
         self.forward_step = make_forward_step(
-            objective,
+            ChunkedHead(objective, config.head_chunk_tokens),
             packed_kernels=session.backend.packed_kernels,
-            teacher_logits=_frozen(session, config.teacher.path, device) if in_trainer else None,
-            reference_logits=_frozen(session, config.student.path, device) if config.rl.reference_kl_coef else None,
+            teacher=_frozen(session, config.teacher.path, device) if in_trainer else None,
+            reference=_frozen(session, config.student.path, device) if config.rl.reference_kl_coef else None,
             record=step_sums.add,
         )
         feed = StepFeed(

@@ -48,7 +48,7 @@ class TopKTensors:
         """The same on ``device``."""
         return TopKTensors(*(getattr(self, spec.name).to(device, non_blocking=True) for spec in fields(self)))
 
-    def at(self, kept_T: torch.Tensor) -> "TopKTensors":
+    def at(self, kept_T: torch.Tensor | slice) -> "TopKTensors":
         """The rows of some of the tokens."""
         return TopKTensors(*(getattr(self, spec.name)[kept_T] for spec in fields(self)))
 
@@ -118,16 +118,19 @@ class MicroBatch:
         local[places] = torch.arange(places.numel())
         index = local[self.logits_index_T]
         kept = index >= 0
-        cut: dict[str, Any] = {
-            spec.name: getattr(self, spec.name)[kept] for spec in fields(self) if spec.name.endswith("_T")
-        }
         return replace(
-            self,
-            **cut | {"logits_index_T": index[kept]},
+            self.at(kept),
+            logits_index_T=index[kept],
             tokens_RL=self.tokens_RL[:, places],
             position_ids_RL=self.position_ids_RL[:, places],
-            signal=self.signal and self.signal.at(kept),
         )
+
+    def at(self, kept_T: torch.Tensor | slice) -> "MicroBatch":
+        """The same sequences with some of the response tokens: what the loss needs of a part of them."""
+        cut: dict[str, Any] = {
+            spec.name: getattr(self, spec.name)[kept_T] for spec in fields(self) if spec.name.endswith("_T")
+        }
+        return replace(self, **cut, signal=self.signal and self.signal.at(kept_T))
 
 
 def build_micro_batches(

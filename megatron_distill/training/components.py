@@ -102,7 +102,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class LossContext:
-    """One micro-batch, as a component sees it.
+    """Response tokens of a micro-batch, all or some of them, as a component sees them.
 
     Attributes:
         logits_TV: the student's, [T, V/tp], fp32 or bf16, with gradient.
@@ -133,10 +133,10 @@ class LossContext:
 
 @dataclass(frozen=True)
 class ComponentLoss:
-    """A component's part of one micro-batch.
+    """A component's part of the tokens it was shown.
 
     Attributes:
-        total: its sum over the micro-batch's tokens, a scalar with gradient; not divided by anything.
+        total: its sum over those tokens, a scalar with gradient; not divided by anything.
         sums: {metric: [sum, count]}, fp64; a user's component names its metrics ``COMPONENT.metric``.
     """
 
@@ -145,7 +145,10 @@ class ComponentLoss:
 
 
 class Component(Protocol):
-    """One term of the loss. Micro-batches, packing and replicas cannot change it: it gives sums, and counts beforehand."""
+    """One term of the loss: a sum over tokens, which counts them beforehand.
+
+    So neither packing nor replicas change it, nor how many tokens it is shown at a time.
+    """
 
     name: str
     weight: float
@@ -156,7 +159,7 @@ class Component(Protocol):
         """The denominator, of one replica's samples."""
 
     def loss(self, context: LossContext) -> ComponentLoss:
-        """The sum over one micro-batch."""
+        """The sum over the tokens of ``context``."""
 
 
 MakeComponent = Callable[[RunConfig], Component]

@@ -32,6 +32,11 @@ PROBE_TOKENS = 256  # tokens of a micro-batch on which the costlier metrics are 
 OVERLAP_TOP_K = 8
 
 
+def probe(num_tokens: int) -> range:
+    """An even sample of a micro-batch's tokens, on which the costlier metrics are measured."""
+    return range(0, num_tokens, max(-(-num_tokens // PROBE_TOKENS), 1))  # a context-parallel rank may have no token
+
+
 @dataclass(frozen=True)
 class LossReport:
     """What one micro-batch came to.
@@ -66,8 +71,9 @@ class Objective:
         plan: StepPlan,
         signal: SignalTensors | None = None,
         reference_TV: Tensor | None = None,
+        probed: range | None = None,
     ) -> LossReport:
-        """One micro-batch.
+        """One micro-batch, or some of its response tokens.
 
         Args:
             logits_TV: student's, [T, V/tp], fp32 or bf16.
@@ -75,6 +81,7 @@ class Objective:
             plan: numbers that hold for the whole step.
             signal: what the teacher said; by default what travelled with the batch.
             reference_TV: logits of RL's reference model, [T, V/tp].
+            probed: the tokens on which the costlier metrics are measured; None takes an even sample (``probe``).
         """
         context = LossContext(
             logits_TV=logits_TV,
@@ -95,7 +102,8 @@ class Objective:
             sums |= part.sums
         loss = torch.stack(parts).sum() * plan.num_response_tokens
         sums["loss"] = torch.stack([loss.detach(), loss.new_tensor(float(batch.target_ids_T.numel()))])
-        sums |= self._sampling_sums(context) | self._probe_sums(context)
+        sums |= self._sampling_sums(context)
+        sums |= self._probe_sums(context, probe(batch.target_ids_T.numel()) if probed is None else probed)
         return LossReport(loss, sums)
 
     def _sampling_sums(self, context: LossContext) -> dict[str, Tensor]:
@@ -107,26 +115,24 @@ class Objective:
         return sums
 
     @torch.no_grad()
-    def _probe_sums(self, context: LossContext) -> dict[str, Tensor]:
+    def _probe_sums(self, context: LossContext, probed: range) -> dict[str, Tensor]:
         """Metrics that would cost a pass over the vocabulary each: measured on an even sample of the tokens."""
-        batch, num_tokens = context.batch, context.batch.target_ids_T.numel()
-        every = max(-(-num_tokens // PROBE_TOKENS), 1)  # a context-parallel rank may have no token
-        probe_P = torch.arange(0, num_tokens, every, device=context.logits_TV.device)
-        logits_PV, sums = context.logits_TV.detach()[probe_P], {}
+        batch, rows, sums = context.batch, slice(probed.start, probed.stop, probed.step), {}
+        logits_PV, target_ids_P = context.logits_TV.detach()[rows], batch.target_ids_T[rows]
         shards: dict[str, Any] = {"tp_group": self.shards.tp_group, "vocab_size": self.shards.vocab_size}
-        every_P = torch.ones_like(probe_P, dtype=torch.bool)
+        every_P = torch.ones_like(target_ids_P, dtype=torch.bool)
         if self.shards.stop_token_ids:
             masses = [
-                vocab_parallel_logprobs(logits_PV, torch.full_like(probe_P, stop), **shards).logprobs.exp()
+                vocab_parallel_logprobs(logits_PV, torch.full_like(target_ids_P, stop), **shards).logprobs.exp()
                 for stop in self.shards.stop_token_ids
             ]
             sums["student_stop_mass"] = masked_sum(torch.stack(masses).sum(0), every_P)
         if isinstance(context.signal, TopKTensors):
             num_top = min(OVERLAP_TOP_K, context.signal.ids_TK.shape[1])
             student_PK, _ = vocab_parallel_topk(logits_PV, num_top, **shards)
-            teacher_PK = context.signal.ids_TK[probe_P, :num_top]
+            teacher_PK = context.signal.ids_TK[rows, :num_top]
             shared_P = (student_PK[:, :, None] == teacher_PK[:, None, :]).any(-1).double().mean(-1)
-            sums["topk_overlap_frac"] = masked_sum(shared_P, batch.is_scored_T[probe_P])
+            sums["topk_overlap_frac"] = masked_sum(shared_P, batch.is_scored_T[rows])
         return sums
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from megatron_distill.recipes import clusters, qwen3, tiny
 
 from megatron_distill.cli.main import main
@@ -18,6 +19,7 @@ from megatron_distill.errors import CheckpointError
 from megatron_distill.launch import fit, memory
 from megatron_distill.launch import plan as planner
 from megatron_distill.launch.nodes import groups_of
+from megatron_distill.losses.fused_linear import default_chunk_tokens
 
 HERE = Path(__file__).parent
 BIG = {name.removeprefix("qwen3."): make for name, make in all_recipes().items() if name.startswith("qwen3.")}
@@ -104,8 +106,8 @@ def test_a_remedy_makes_it_fit(name: str, gpu_gib: float) -> None:
 
 
 def test_memory_moves_the_way_the_settings_say() -> None:
-    """The distributed optimizer divides the optimizer by dp, recomputation shrinks activations, smaller micro-batches both
-    activations and logits, tensor parallelism everything."""
+    """The distributed optimizer divides the optimizer by dp, recomputation shrinks activations, smaller micro-batches these
+    and hidden states, smaller chunks logits, tensor parallelism everything."""
     config = qwen3.b8_from_32b_4x8_4096()
     student, teacher = models_of(config)
 
@@ -117,7 +119,9 @@ def test_memory_moves_the_way_the_settings_say() -> None:
     assert parts("student.distributed_optimizer=false")["optimizer"] == 4 * before["optimizer"]
     assert parts("student.recompute=full")["activations"] < before["activations"] / 5
     larger = parts("micro_batch_rollouts=2")
-    assert larger["activations"] == 2 * before["activations"] and larger["logits"] == 2 * before["logits"]
+    assert larger["activations"] == 2 * before["activations"] and larger["head"] > before["head"]
+    chunked, whole = parts("head_chunk_tokens=512"), parts("head_chunk_tokens=1024", "micro_batch_rollouts=2")
+    assert whole["logits"] == 2 * chunked["logits"] and larger["logits"] <= 2 * before["logits"]
     wider = parts("student.parallel.tp=8")
     assert all(wider[name] < before[name] for name in before)
 
@@ -138,9 +142,15 @@ def test_logits_are_counted_as_often_as_they_are_held() -> None:
     assert logits("teacher.transport=in_process", "sft.weight=1", "rollouts.student_prefix_frac=0.5") == 3 * in_place
 
 
+def test_a_chunk_of_logits_is_what_the_trainer_makes_of_it() -> None:
+    """The tokens that plan takes for a GPU are those that the loss takes there."""
+    head = torch.empty(151_936 // 8, 1, device="meta")
+    assert default_chunk_tokens(head) == memory.CHUNK_LOGIT_BYTES // (4 * head.shape[0])
+
+
 def test_every_axis_moves_the_memory_that_it_shares() -> None:
-    """cp shares activations, logits and, with the distributed optimizer, its states; ep the experts; virtual stages hold more
-    micro-batches; full recomputation keeps least; a stage that is left a layer over is the fullest."""
+    """cp shares activations, hidden states and, with the distributed optimizer, its states; ep the experts; virtual stages hold
+    more micro-batches; full recomputation keeps least; a stage that is left a layer over is the fullest."""
     config = with_overrides(qwen3.moe30b_from_32b_4x8_2048(), ["student.parallel.pp=2", "rollouts.prompts_per_step=64"])
     student, teacher = models_of(config)
 
@@ -149,8 +159,9 @@ def test_every_axis_moves_the_memory_that_it_shares() -> None:
         return {part.name: part.num_bytes for part in planner.plan(changed, student, teacher, 80).trainer}
 
     before, shared = parts(), parts("student.parallel.cp=2")
+    assert before.pop("head") > shared.pop("head") and before.pop("logits") >= shared.pop("logits")
     assert {name: before[name] / shared[name] for name in before} == pytest.approx(
-        {"weights": 1, "gradients": 1, "optimizer": 2, "activations": 2, "logits": 2}
+        {"weights": 1, "gradients": 1, "optimizer": 2, "activations": 2}
     )
     parallel = config.student.parallel
     (dense, experts), (same, fewer) = (

@@ -40,6 +40,46 @@ def expected_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     return torch.cat(rows)[batch.logits_index_T]
 
 
+def _gradients_against_whole_logits(
+    objective: Any, model: Any, backend: Backend, teacher: Any, step_batch: Any
+) -> dict[str, float]:
+    """The largest differences of parameters' gradients, relative to the largest gradient: chunks against logits that exist
+    whole and are differentiated by autograd, and the head's as Megatron's fused accumulation would have it."""
+    from megatron_distill.megatron.forward_step import make_forward_step, run_model
+    from megatron_distill.training.chunked_head import ChunkedHead
+    from megatron_distill.training.components import LogitTensors
+
+    def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        (0.5 * loss).backward()
+        return {name: one.grad for name, one in model.named_parameters()}
+
+    said, taught = run_model(model, step_batch.batch, packed_kernels=backend.packed_kernels), teacher(step_batch.batch)
+    whole = objective(said.logits(), step_batch.batch, step_batch.plan, LogitTensors(taught.logits()))
+    exact = gradients(whole.loss)
+    step = make_forward_step(ChunkedHead(objective, 7), packed_kernels=backend.packed_kernels, teacher=teacher)
+
+    def by_chunks() -> dict[str, torch.Tensor]:
+        rows, loss_function = step(iter([step_batch]), model)
+        return gradients(loss_function(rows)[0])
+
+    chunked = by_chunks()
+    head: Any = said.head_VH
+    is_tied = model.share_embeddings_and_output_weights
+    head.main_grad, head.grad_added_to_main_grad, head.zero_out_wgrad = torch.zeros_like(head), False, is_tied
+    model.output_layer.gradient_accumulation_fusion = True
+    fused = by_chunks()
+    name = next(name for name, one in model.named_parameters() if one is head)
+    added = head.main_grad + (fused[name] if is_tied else 0)  # what Megatron's hook adds
+    largest = max(float(one.abs().max()) for one in exact.values())
+    return {
+        "gradients": max(float((chunked[one] - exact[one]).abs().max()) for one in exact) / largest,
+        "head's main gradient": float((added - exact[name]).abs().max()) / largest,
+        "head learns": float(exact[name].abs().max()) / largest,
+        "main gradient taken": head.grad_added_to_main_grad,
+    }
+
+
 def main() -> None:
     folder, layout = Path(sys.argv[1]), json.loads(sys.argv[2])
     base = {
@@ -88,6 +128,7 @@ def _differences(
     from megatron_distill.megatron.forward_step import make_forward_step
     from megatron_distill.megatron.in_process_teacher import InProcessTeacher
     from megatron_distill.models.megatron_gpt import build_gpt_model
+    from megatron_distill.training.chunked_head import ChunkedHead
     from megatron_distill.training.components import LogitTensors, Shards, StepPlan, load_components
     from megatron_distill.training.feed import StepBatch
     from megatron_distill.training.objective import Objective
@@ -110,11 +151,11 @@ def _differences(
     plan = StepPlan(STEP, 0.3, num_tokens, {"distill": num_tokens})
     recorded: list[dict[str, torch.Tensor]] = []
     step = make_forward_step(
-        objective, packed_kernels=backend.packed_kernels, teacher_logits=teacher, record=recorded.append
+        ChunkedHead(objective), packed_kernels=backend.packed_kernels, teacher=teacher, record=recorded.append
     )
-    logits, loss_function = step(iter([StepBatch(batch, plan)]), model)
-    loss, count, report = loss_function(logits)
-    taught = teacher(batch)
+    rows, loss_function = step(iter([StepBatch(batch, plan)]), model)
+    loss, count, report = loss_function(rows)
+    logits, taught = rows.logits(), teacher(batch).logits()
     again = objective(logits, batch, plan, LogitTensors(taught))
     shard = padded // config.student.parallel.tp
     first = mpu.get_tensor_model_parallel_rank() * shard
@@ -125,7 +166,8 @@ def _differences(
         assert ours.shape == (len(expected), shard)
         return float((ours[:, : held.stop - held.start].detach() - expected[:, held]).abs().max())
 
-    return {
+    gradients = _gradients_against_whole_logits(objective, model, backend, teacher, StepBatch(batch, plan))
+    return gradients | {
         "student": difference(logits, "student"),
         "teacher": difference(taught, "teacher"),
         "tokens held": held.stop - held.start,

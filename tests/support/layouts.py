@@ -36,14 +36,17 @@ class Outcome:
     weights: dict[str, torch.Tensor]
 
 
-def save_random_model(path: Path, seed: int, *, num_layers: int = 2, num_experts: int = 0) -> Path:
+def save_random_model(
+    path: Path, seed: int, *, num_layers: int = 2, num_experts: int = 0, hidden_size: int = 32, tied: bool = False
+) -> Path:
     """A tiny random Qwen3 of ``VOCAB_SIZE`` tokens; with experts, every second of which works on a token."""
     experts = {"num_experts": num_experts, "num_experts_per_tok": num_experts // 2} if num_experts else {}
     build_hf_model(
         "qwen3-moe" if num_experts else "qwen3",
         seed,
         vocab_size=VOCAB_SIZE,
-        hidden_size=32,
+        hidden_size=hidden_size,
+        tie_word_embeddings=tied,
         intermediate_size=64,
         num_hidden_layers=num_layers,
         head_dim=8,

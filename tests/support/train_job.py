@@ -64,7 +64,7 @@ class _Server:
 
     def wait_reachable(self) -> None: ...
 
-    def update_weights_from_disk(self, path: Path, version: str) -> None:
+    def update_weights_from_disk(self, path: Path, version: str, *, in_flight: bool) -> None:
         assert (path / "model.safetensors").exists()
 
 
