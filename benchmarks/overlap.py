@@ -71,7 +71,7 @@ class Emulated(ThreadingHTTPServer):
         self.info = {"model_path": model_dir, "weight_version": "0"}
         self.changes = [(time.monotonic(), "0")]  # since when it has served which weights
         self.seats = threading.Semaphore(AT_ONCE)
-        self.work_s = 0.0  # that its seats were taken, added up
+        self.work_s, self.lock = 0.0, threading.Lock()  # that its seats were taken, added up
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -113,6 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.seats:
             began = time.monotonic()
             time.sleep(length * STUDENT_TOKEN_S)
+        with self.server.lock:
             self.server.work_s += length * STUDENT_TOKEN_S
         spans = _spans(self.server.changes, began, length)
         meta = {"finish_reason": finish, "prompt_tokens": len(request["input_ids"]), "weight_versions": spans}

@@ -128,3 +128,17 @@ def test_a_server_that_lost_its_weights_gets_them_again_and_the_run_ends_with_th
     assert len(list(read_lines(whole.curriculum))) == 1
     assert list(read_lines(broken.curriculum)) == list(read_lines(whole.curriculum))
     assert broken.evaluations() == whole.evaluations()
+
+
+def test_in_flight_nothing_older_than_the_limit_is_trained_on(tmp_path: Path) -> None:
+    """Two steps are drawn beside the one that trains. A server falls back to the weights that it began with in the middle of
+    one of them: that step is drawn by newer weights, or asked for again, and every step learns from all of its prompts."""
+    folder = RunFolder(tmp_path / "in-flight")
+    in_flight = ["num_steps=6", "rollouts.max_staleness_steps=2", 'curriculum={"kind": "fixed", "horizon_tokens": 8}']
+    run_config = config.with_overrides(load_recipe("tiny.quickstart"), [*TINY, *in_flight])
+    updates = train(folder, run_config, lost_version="3").updates
+    assert list(dict.fromkeys(updates)) == ["1", "2", "3", "4", "5", "6"]
+    steps = list(read_lines(folder.metrics))
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(step["staleness_steps"] <= 2 and step["response_tokens"] == 8 for step in steps)
+    assert max(step["staleness_steps"] for step in steps) > 0
