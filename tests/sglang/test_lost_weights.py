@@ -134,7 +134,11 @@ def test_in_flight_nothing_older_than_the_limit_is_trained_on(tmp_path: Path) ->
     """Two steps are drawn beside the one that trains. A server falls back to the weights that it began with in the middle of
     one of them: that step is drawn by newer weights, or asked for again, and every step learns from all of its prompts."""
     folder = RunFolder(tmp_path / "in-flight")
-    in_flight = ["num_steps=6", "rollouts.max_staleness_steps=2", 'curriculum={"kind": "fixed", "horizon_tokens": 8}']
+    in_flight = [
+        "num_steps=6",
+        "rollouts.max_staleness_steps=2",
+        'curriculum={"kind": "schedule", "horizon_tokens": 8}',
+    ]
     run_config = config.with_overrides(load_recipe("tiny.quickstart"), [*TINY, *in_flight])
     updates = train(folder, run_config, lost_version="3").updates
     assert list(dict.fromkeys(updates)) == ["1", "2", "3", "4", "5", "6"]
