@@ -1,12 +1,14 @@
-"""How many bytes a token of cached teacher scores takes, and how fast they are written and read.
+"""How many bytes a token of a teacher's signal takes on the wire and in the cache, and how fast it is written and read.
 
     python benchmarks/teacher_cache.py
 
 The teacher is synthetic: 151,936 tokens (Qwen3) of Zipf's frequencies with noise, some positions peaked and some flat, its
 logits in fp32 or rounded to bf16 as a served model's are. Compared with: SGLang's JSON, raw arrays, and 5 bytes an entry
-(a 3-byte id and an fp16 log-prob, which would round).
+(a 3-byte id and an fp16 log-prob, which would round). Hidden states are normal numbers of several widths: the time of what
+a server and a client do with them beside the models' work, as binary and as SGLang's own nested lists, next to a top k's.
 """
 
+import base64
 import json
 import tempfile
 import time
@@ -14,13 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from megatron_distill.teacher.cache import decode_scores, encode_scores
+from megatron_distill.rollouts.batches import as_tensor
+from megatron_distill.sglang import wire
+from megatron_distill.sglang.hidden_states import REPLY_KEY, encode
+from megatron_distill.teacher.cache import decode_hidden, decode_scores, encode_hidden, encode_scores
 from megatron_distill.teacher.shard_store import ShardStore
 from megatron_distill.types import TopKSignal
 
 VOCAB_SIZE, NUM_TOKENS, TOP_K = 151_936, 512, 64
 NUM_KEYS = 1_000_000
+WIDTHS = (1024, 4096, 5120)  # Qwen3-0.6B, 8B, 32B
 
 
 def main() -> None:
@@ -39,6 +46,7 @@ def main() -> None:
         for name, size in sizes.items():
             print(f"  {name:<20}{size / NUM_TOKENS:8.0f} ({size / NUM_TOKENS / TOP_K:.2f})")
         print(f"  encoded at {NUM_TOKENS / encode_s:,.0f} tokens/s, decoded at {NUM_TOKENS / decode_s:,.0f} tokens/s")
+    on_the_wire()
     with tempfile.TemporaryDirectory() as directory:
         store = ShardStore(Path(directory))
         keys = [number.to_bytes(16, "big") for number in range(NUM_KEYS)]
@@ -47,6 +55,75 @@ def main() -> None:
         store.close()
         _, open_s = timed(lambda: ShardStore(Path(directory)))
         print(f"a cache of {NUM_KEYS:,} sequences opens in {open_s:.1f} s")
+
+
+def on_the_wire() -> None:
+    """Print what each signal takes from a server to the trainer, and in the cache."""
+    print(
+        "\na token: bytes of the reply, and cached; microseconds of the server, the client, the cache written, the cache read"
+    )
+    scores = synthetic_scores("bf16")
+    _line("top k = 64", lambda: json.dumps(topk_reply(scores)), read_topk, encode_scores, decode_scores)
+    for width in WIDTHS:
+        rows = torch.randn(NUM_TOKENS + 1, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+        _line(
+            f"hidden states of {width}, bf16",
+            lambda rows=rows: json.dumps(reply_with({REPLY_KEY: [encode([rows], NUM_TOKENS + 1)]})),
+            lambda text: wire.read_hidden_states(json.loads(text), 1, NUM_TOKENS),
+            encode_hidden,
+            decode_hidden,
+        )
+        nested, write_s = timed(lambda rows=rows: json.dumps(reply_with({"hidden_states": [rows.tolist()]})))
+        _, read_s = timed(lambda nested=nested: torch.tensor(json.loads(nested)["meta_info"]["hidden_states"][0]))
+        times = "".join(f"{1e6 * seconds / NUM_TOKENS:9.1f}" for seconds in (write_s, read_s))
+        print(f"  {'  as nested lists':<32}{len(nested) / NUM_TOKENS:9,.0f}{'':9}{times}")
+        signal = wire.read_hidden_states(
+            reply_with({REPLY_KEY: [encode([rows], NUM_TOKENS + 1)]}), 1, NUM_TOKENS
+        )  # fmt: skip
+        assert torch.equal(as_tensor(signal.hidden), rows[:-1])
+
+
+def _line[S](
+    name: str,
+    send: Callable[[], str],
+    receive: Callable[[str], S],
+    to_cache: Callable[[S], bytes],
+    from_cache: Callable[[bytes], S],
+) -> None:
+    text, send_s = timed(send)
+    signal, receive_s = timed(lambda: receive(text))
+    payload, write_s = timed(lambda: to_cache(signal))
+    _, read_s = timed(lambda: from_cache(payload))
+    times = "".join(f"{1e6 * seconds / NUM_TOKENS:9.1f}" for seconds in (send_s, receive_s, write_s, read_s))
+    print(f"  {name:<32}{len(text) / NUM_TOKENS:9,.0f}{len(payload) / NUM_TOKENS:9,.0f}{times}")
+
+
+def reply_with(more: wire.Json) -> wire.Json:
+    """SGLang's reply to a score of ``NUM_TOKENS`` tokens behind a prompt of one."""
+    return {
+        "meta_info": {
+            "finish_reason": {"type": "length", "length": 0},
+            "prompt_tokens": NUM_TOKENS + 1,
+            "weight_version": "0",
+            "input_token_logprobs": [[None, 1, None], *([-1.2345678 - i / 997, 1, None] for i in range(NUM_TOKENS))],
+            **more,
+        }
+    }
+
+
+def topk_reply(scores: TopKSignal) -> wire.Json:
+    """With the flat top k, and two stop tokens."""
+    more: wire.Json = {"input_top_logprobs_shape": [NUM_TOKENS, TOP_K], "input_top_logprobs_null_prefix": 1}
+    for name, array in (("val", scores.topk_logprobs), ("idx", scores.topk_ids)):
+        key = f"input_top_logprobs_{name}_flat_b64"
+        more |= {key: base64.b64encode(array.tobytes()).decode(), f"{key}_dtype": str(array.dtype)}
+    stops = [[[logprob, stop, None] for stop, logprob in enumerate(row)] for row in scores.stop_logprobs.tolist()]
+    return reply_with(more | {"input_token_ids_logprobs": [None, *stops]})
+
+
+def read_topk(text: str) -> TopKSignal:
+    """What the client makes of it."""
+    return wire.read_scores(json.loads(text), 1, NUM_TOKENS, TOP_K, (0, 1))
 
 
 def synthetic_scores(dtype: str) -> TopKSignal:

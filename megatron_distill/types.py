@@ -3,8 +3,8 @@
     Problem --> prompt ids --> Generation --> Rollout --> Signal --> Sample --> batches
 
 Shapes in the docstrings: P tokens of a prompt, R tokens of a response, K top tokens kept of the teacher's distribution,
-S stop tokens. All log-probabilities are natural (nats) over the full vocabulary. Token ids are lists of Python ints: they go
-out as JSON and come back as JSON, and are never re-tokenised.
+S stop tokens, H a model's width. All log-probabilities are natural (nats) over the full vocabulary. Token ids are lists of
+Python ints: they go out as JSON and come back as JSON, and are never re-tokenised.
 """
 
 from __future__ import annotations
@@ -168,6 +168,26 @@ class TopKSignal:
 
 
 @dataclass(frozen=True, eq=False)
+class HiddenSignal:
+    """What a teacher's output layer would be given along one response: with that layer's matrix, its whole distribution.
+
+    Row r belongs to response token r given the prompt and the response tokens before it.
+
+    Attributes:
+        token_logprobs: [R] float32, of the response tokens, as the server's own output layer gives them.
+        hidden: [R, H] the last hidden states, after the final norm: float32 or float16, or bfloat16's bits as uint16, which
+            numpy has no name for.
+    """
+
+    token_logprobs: npt.NDArray[np.float32]
+    hidden: npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
+
+
+Signal = TopKSignal | HiddenSignal
+"""What a teacher outside the trainer says along one response. All signals of a run are of one kind."""
+
+
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One response with everything that is known of it before the student's forward pass.
 
@@ -182,7 +202,7 @@ class Sample:
     """
 
     rollout: Rollout
-    signal: TopKSignal | None = None
+    signal: Signal | None = None
     reward: float = float("nan")
     advantage: float = 0.0
     policy_weight: float = 0.0

@@ -11,7 +11,7 @@ from megatron_distill.errors import DataError, ServerError, StaleWeightsError, S
 from megatron_distill.rollouts.ahead import Ahead
 from megatron_distill.rollouts.sample_store import SampleStore
 from megatron_distill.rollouts.source import Collected, Share
-from megatron_distill.types import Sample
+from megatron_distill.types import HiddenSignal, Sample
 from tests.support.samples import make_samples
 
 ALL = Share(0, 1)
@@ -97,6 +97,21 @@ def test_masks_and_rewards_are_kept(tmp_path: Path) -> None:
     store.save(3, ALL, [sample])
     [loaded] = store.load(3, ALL) or []
     assert same(loaded, sample)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+def test_hidden_states_are_kept(dtype: type, tmp_path: Path) -> None:
+    """A teacher's hidden states come back bit for bit in their dtype; what it did not say stays missing."""
+    samples = [
+        replace(sample, signal=sample.signal and HiddenSignal(sample.signal.token_logprobs, bits))
+        for sample in make_samples(3, 6, 20)
+        for bits in [np.arange(7 * len(sample.rollout.response_ids)).reshape(-1, 7).astype(dtype)]
+    ]
+    store = SampleStore(tmp_path)
+    store.save(3, ALL, samples)
+    loaded = store.load(3, ALL) or []
+    assert len(loaded) == 6 and any(one.signal is None for one in loaded)
+    assert all(map(same, loaded, samples))
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

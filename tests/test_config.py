@@ -96,9 +96,10 @@ def test_unknown_keys_and_wrong_types_are_all_reported_with_a_suggestion() -> No
         ('student.megatron_args=["lr"]', "is no flag"),
         ('servers.student_args=["--port=1"]', "the trainer finds the server there"),
         ('servers.teacher_args=["--tp-size=2"]', "servers.teacher_tp. Set that instead"),
-        ("teacher.transport=carrier_pigeon", "'sglang_topk', 'sglang_urls', 'in_process', or path/to/file.py:function"),
+        ("teacher.transport=carrier_pigeon", "'sglang_topk', 'sglang_hidden', 'sglang_urls', 'in_process', or path"),
         ("rl.reward=nowhere.py:judge", "nowhere.py is no file"),
         ("servers.teacher_replicas=0", "at least 1"),
+        ('servers.teacher_args=["--return-hidden-states-mode=last"]', "is decided by teacher.transport"),
     ],
 )
 def test_rules_name_value_rule_and_remedy(override: str, part: str) -> None:
@@ -155,6 +156,8 @@ def test_what_would_descend_on_something_else_is_refused(overrides: list[str], p
         ["distill.reverse_kl_weight=0", "distill.estimator=k1", "rollouts.student_prefix_frac=0"],
         ["distill.divergence=jsd", "teacher.transport=in_process"],
         ["distill.divergence=skew_kl", "teacher.transport=in_process", "distill.reverse_kl_weight=1"],
+        ["distill.divergence=jsd", "teacher.transport=sglang_hidden", "distill.temperature=2", "student.parallel.pp=2"],
+        ["distill.support=student", "teacher.transport=sglang_hidden"],
     ],
 )
 def test_every_loss_of_the_library_can_be_selected(overrides: list[str]) -> None:

@@ -18,16 +18,20 @@ from hypothesis import strategies as st
 
 from megatron_distill.errors import CheckpointError, DataError
 from megatron_distill.teacher.cache import (
+    HIDDEN,
+    SCORES,
     CachedSampler,
     CachedTeacher,
     decode_generation,
+    decode_hidden,
     decode_scores,
     encode_generation,
+    encode_hidden,
     encode_scores,
     teacher_identity,
 )
 from megatron_distill.teacher.shard_store import ShardStore
-from megatron_distill.types import Generation, Rollout, SamplingParams, TopKSignal
+from megatron_distill.types import Generation, HiddenSignal, Rollout, SamplingParams, TopKSignal
 
 TOP_K, STOPS = 8, (0, 1)
 unhurried = settings(deadline=None)  # a loaded machine is no failure
@@ -95,8 +99,8 @@ class FakeWriter:
 
 def open_teacher(directory: Path, **changes: Any) -> tuple[CachedTeacher, FakeTeacher]:
     inner = FakeTeacher()
-    options: dict[str, Any] = {"identity": "teacher-a", "top_k": TOP_K, "stop_token_ids": STOPS} | changes
-    return CachedTeacher(inner, directory, **options), inner
+    question: dict[str, Any] = {"teacher": "teacher-a", "top_k": TOP_K, "stop_token_ids": list(STOPS)} | changes
+    return CachedTeacher(inner, directory, SCORES, **question), inner
 
 
 # --- payloads
@@ -113,6 +117,40 @@ def test_scores_survive_bit_for_bit(num_tokens: int, top_k: int, num_stops: int,
 
 
 @pytest.mark.slow
+@unhurried
+@given(st.integers(1, 40), st.integers(1, 70), st.sampled_from([np.float32, np.float16, np.uint16]), st.integers(0, 99))
+def test_hidden_states_survive_bit_for_bit(num_tokens: int, width: int, dtype: type, seed: int) -> None:
+    """Whatever the bits, and the dtype in which the server sent them."""
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 256, (num_tokens, width * np.dtype(dtype).itemsize), np.uint8)
+    signal = HiddenSignal(-rng.exponential(1.0, num_tokens).astype(np.float32), bits.view(dtype))
+    decoded = decode_hidden(encode_hidden(signal))
+    assert same_bits(decoded, signal)
+    assert decoded.hidden.flags.writeable and decoded.token_logprobs.flags.writeable
+
+
+def test_hidden_states_and_scores_share_a_cache_without_meeting(tmp_path: Path) -> None:
+    """The same sequence of the same teacher is another question, whose answers lie in another folder."""
+    open_teacher(tmp_path)[0].score([make_rollout(3)])
+
+    class SendsHidden:
+        num_asked = 0
+
+        def score(self, rollouts: Sequence[Rollout], /) -> list[HiddenSignal | None]:
+            self.num_asked += len(rollouts)
+            return [
+                HiddenSignal(np.zeros(1, np.float32), np.full((1, 2), len(r.response_ids), np.uint16)) for r in rollouts
+            ]
+
+    inner = SendsHidden()
+    for _ in range(2):
+        teacher = CachedTeacher(inner, tmp_path, HIDDEN, teacher="teacher-a")
+        (signal,) = teacher.score([make_rollout(3)])
+        assert isinstance(signal, HiddenSignal) and signal.hidden.tolist() == [[6, 6]]
+        teacher.close()
+    assert inner.num_asked == 1
+
+
 @unhurried
 @given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20), st.sampled_from(["stop", "length"]), st.text())
 def test_generations_survive_bit_for_bit(response_ids: list[int], reason: Any, version: str) -> None:
@@ -159,9 +197,9 @@ def test_hit_depends_on_tokens_and_question_alone(tmp_path: Path) -> None:
     for expected, asked, changes in (
         (True, replace(rollout, prompt_index=9, newest_version=-1, stop_reason="length"), {}),
         (False, replace(rollout, prompt_ids=moved, response_ids=rollout.response_ids[1:]), {}),
-        (False, rollout, {"identity": "teacher-b"}),
+        (False, rollout, {"teacher": "teacher-b"}),
         (False, rollout, {"top_k": TOP_K + 1}),
-        (False, rollout, {"stop_token_ids": STOPS[::-1]}),
+        (False, rollout, {"stop_token_ids": list(STOPS[::-1])}),
     ):
         fresh_copy()
         assert hits(asked, **changes) == expected, (asked, changes)

@@ -89,6 +89,8 @@ SGLANG = {
     "dtype": "is decided by student.dtype. Set that instead",
     "context-length": "is decided by data.max_prompt_tokens and the longest response. Set those instead",
     "enable-deterministic-inference": "is decided by servers.deterministic. Set that instead",
+    "enable-return-hidden-states": "is decided by teacher.transport. Set that instead",
+    "return-hidden-states-mode": "is decided by teacher.transport. Set that instead",
     "device": "belongs to the run: the machine decides it. Leave it out",
     "weight-version": "belongs to the run: it counts the weights that were pushed. Leave it out",
     "skip-tokenizer-init": _IDS,

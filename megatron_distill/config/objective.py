@@ -21,19 +21,19 @@ class DistillConfig:
         "[0, 1]",
     )
     temperature: float = plain(
-        1.0, "divides both models' logits in the loss; not 1 needs the in_process teacher", "(0, inf)"
+        1.0, "divides both models' logits in the loss; not 1 needs an in_process or sglang_hidden teacher", "(0, inf)"
     )
     divergence: Literal["kl", "jsd", "skew_kl"] = plain(
         "kl",
         "what w (distill.reverse_kl_weight) weighs; kl: w KL(student||teacher) + (1 - w) KL(teacher||student); jsd: "
         "generalised Jensen-Shannon, w KL(teacher||m) + (1 - w) KL(student||m) with m = w teacher + (1 - w) student, like "
         "forward KL for w near 0 and like reverse KL for w near 1; skew_kl: the forward (w = 0) or reverse (w = 1) KL whose "
-        "second argument leans towards the first. The latter two need the in_process teacher",
+        "second argument leans towards the first. The latter two need an in_process or sglang_hidden teacher",
     )
     support: Literal["teacher", "student"] = plain(
         "teacher",
         "whose tokens the KL is taken over; teacher: all that its signal holds; student: the student's "
-        "teacher.num_logprobs likeliest tokens and the tail, which needs the in_process teacher",
+        "teacher.num_logprobs likeliest tokens and the tail, which needs an in_process or sglang_hidden teacher",
     )
     skew: float = plain(0.1, "skew_kl: how far the second argument leans towards the first", "(0, 1)")
     estimator: Literal["distribution", "k1", "k2", "k3"] = plain(

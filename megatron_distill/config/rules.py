@@ -81,15 +81,15 @@ def problems_of(config: RunConfig) -> list[str]:
         "must be at least 1; or 0, where teacher.transport is a function that needs no server and the teacher writes nothing.",
     )
     rule(
-        config.teacher.in_trainer or config.distill.temperature == 1,
+        config.teacher.has_full_vocabulary or config.distill.temperature == 1,
         "distill.temperature",
         "a tail bucket cannot be re-tempered, so a server's top-k scores hold at temperature 1 only. "
-        "Set it to 1, or set teacher.transport=in_process.",
+        "Set it to 1, or set teacher.transport=sglang_hidden or in_process.",
     )
     rule(
         not config.teacher.in_trainer or config.student.parallel.pp == 1,
         "student.parallel.pp",
-        "the in-process teacher runs without a pipeline. Set student.parallel.pp=1, or teacher.transport=sglang_topk.",
+        "the in-process teacher runs without a pipeline. Set student.parallel.pp=1, or teacher.transport=sglang_hidden.",
     )
     _layer_rules(config, rule)
     _teacher_rules(config, rule)
@@ -242,16 +242,17 @@ def _divergence_rules(config: RunConfig, rule: Callable[[bool, str, str], None])
     sampled = distill.estimator != "distribution"
     weights = set(distill.reverse_kl_weight.values)
     rule(
-        distill.divergence == "kl" or config.teacher.in_trainer,
+        distill.divergence == "kl" or config.teacher.has_full_vocabulary,
         "distill.divergence",
-        "needs the teacher's whole distribution. Set teacher.transport=in_process, or distill.divergence=kl.",
+        "needs the teacher's whole distribution. Set teacher.transport=sglang_hidden or in_process, or distill.divergence=kl.",
     )
     whole_kl = distill.divergence == "kl" and not sampled and distill.temperature == 1
     rule(
-        distill.support == "teacher" or (config.teacher.in_trainer and whole_kl),
+        distill.support == "teacher" or (config.teacher.has_full_vocabulary and whole_kl),
         "distill.support",
         "the student's support is a KL at temperature 1, and the teacher must know of any token. Set "
-        "teacher.transport=in_process with distill.divergence=kl, estimator=distribution, temperature=1; or support=teacher.",
+        "teacher.transport=sglang_hidden or in_process with distill.divergence=kl, estimator=distribution, temperature=1; or "
+        "support=teacher.",
     )
     rule(
         distill.divergence == "kl" or not sampled,

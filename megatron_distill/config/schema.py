@@ -77,9 +77,10 @@ class TeacherConfig:
     path: str = plain("", "Hugging Face directory or hub id of the teacher; its tokenizer must equal the student's")
     transport: str = function(
         "sglang_topk",
-        ("sglang_topk", "sglang_urls", "in_process"),
+        ("sglang_topk", "sglang_hidden", "sglang_urls", "in_process"),
         "sglang_topk: a server sends its top-k log-probs and the tail is one bucket; "
-        "sglang_urls: the same, by servers that run already, see teacher.urls; "
+        "sglang_hidden: a server sends its last hidden states, and the trainer holds its output layer: full vocabulary, exact; "
+        "sglang_urls: top-k log-probs by servers that run already, see teacher.urls; "
         "in_process: Megatron holds the teacher beside the student, full vocabulary, same sharding; "
         "path/to/file.py:function: whatever the function makes of a TeacherContext",
     )
@@ -120,6 +121,16 @@ class TeacherConfig:
     def in_trainer(self) -> bool:
         """Whether the teacher is a Megatron model beside the student, so that no signal travels."""
         return self.transport == "in_process"
+
+    @property
+    def sends_hidden_states(self) -> bool:
+        """Whether a server sends hidden states, and the trainer holds the teacher's output layer."""
+        return self.transport == "sglang_hidden"
+
+    @property
+    def has_full_vocabulary(self) -> bool:
+        """Whether the loss has the teacher's whole distribution, and not its likeliest tokens alone."""
+        return self.in_trainer or self.sends_hidden_states
 
     @property
     def runs_elsewhere(self) -> bool:

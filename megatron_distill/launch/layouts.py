@@ -44,7 +44,7 @@ def layout_problems(config: RunConfig, models: dict[str, HfConfig]) -> list[str]
         if teacher.num_attention_heads % tp or teacher.num_query_groups % tp or teacher.ffn_hidden_size % tp:
             problems.append(
                 f"student.parallel.tp = {tp}: the in-process teacher is sharded like the student, and its heads or channels "
-                "do not divide by it. Choose another size, or teacher.transport=sglang_topk."
+                "do not divide by it. Choose another size, or teacher.transport=sglang_hidden."
             )
     return problems
 

@@ -167,9 +167,16 @@ def trainer_memory(config: RunConfig, student: HfConfig, teacher: HfConfig | Non
         frozen_models["teacher"] = teacher
     if config.rl.reference_kl_coef > 0:
         frozen_models["reference"] = student
+    beside = dict(frozen_models)
     for name, model in frozen_models.items():
         frozen = sum(rank_parameters(model, replace(parallel, pp=1, vpp=1)))
         yield Part(f"{name} weights", frozen * size, f"{frozen:,} parameters a rank x {size} B, no gradients")
+    if teacher is not None and config.distill.weight > 0 and config.teacher.sends_hidden_states:
+        beside["teacher"], width = teacher, teacher.hidden_size
+        yield Part(
+            "teacher head", columns * width * size, f"{columns:,} rows a rank x {width:,} x {size} B, no gradients"
+        )
+    for name, model in beside.items():
         rows = response * model.hidden_size
         yield Part(
             f"{name} logits", (columns * chunk + rows) * size, "of as many tokens, and all tokens' hidden states"
@@ -183,7 +190,7 @@ def _logit_copies(config: RunConfig) -> tuple[int, str]:
     if num_components > 1:
         return 3, "the gradient of one component, and that of the next"
     has_whole_kl = (distill.divergence, distill.estimator, distill.support) == ("kl", "distribution", "teacher")
-    if distill.weight and config.teacher.in_trainer and has_whole_kl:
+    if distill.weight and config.teacher.has_full_vocabulary and has_whole_kl:
         return 1, "whose place their gradient takes"
     return 2, "and their gradient"
 
@@ -269,15 +276,27 @@ def server_memory(config: RunConfig, model: HfConfig, tp: int, gpu_gib: float) -
     return parts, int(cache // token)
 
 
-def wire(config: RunConfig, student: HfConfig) -> Iterator[Part]:
-    """Bytes a step between the trainer and the servers."""
+def wire(config: RunConfig, student: HfConfig, teacher: HfConfig | None) -> Iterator[Part]:
+    """Bytes a step between the trainer and the servers, and between a replica's ranks."""
     size = WEIGHT_BYTES[config.student.dtype]
     responses = config.rollouts_per_step * config.max_horizon_tokens
     if config.uses_student_prefixes:
         weights = num_parameters(student) * size
         readers = config.servers.student_replicas
         yield Part("weight sync", weights * (1 + readers), f"written once, read by {readers} student server(s)")
-    if config.distill.weight > 0 and not config.teacher.in_trainer:
+    if config.distill.weight > 0 and config.teacher.sends_hidden_states and teacher is not None:
+        # Base64 of the last hidden state, and JSON for the token's log-prob.
+        token = teacher.hidden_size * size * 4 / 3 + 36
+        yield Part(
+            "hidden states", responses * token, f"{responses:,} tokens at most x {token:,.0f} B, from the teacher"
+        )
+        others = config.student.parallel.num_ranks // config.student.parallel.dp - 1
+        spread = responses * teacher.hidden_size * size * others
+        if others:
+            yield Part(
+                "to other ranks", spread, f"the same in binary, from each replica's leader to its {others} other(s)"
+            )
+    elif config.distill.weight > 0 and not config.teacher.in_trainer:
         stops = max(len(config.rollouts.stop_tokens), 1)
         # Base64 of an int32 id and an fp32 log-prob for each of the k; JSON for the token itself and each stop token.
         token = config.teacher.num_logprobs * 8 * 4 / 3 + 36 * (1 + stops)

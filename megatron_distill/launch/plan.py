@@ -80,7 +80,7 @@ def plan(config: RunConfig, student: HfConfig, teacher: HfConfig | None, gpu_gib
         servers={
             role: server_memory(config, models[role], tp, gpu_gib) for role, (_, tp) in server_groups(config).items()
         },
-        wire=tuple(wire(config, student)),
+        wire=tuple(wire(config, student, teacher)),
         disk=tuple(disk(config, student)),
         student_parameters=num_parameters(student),
         teacher_parameters=num_parameters(teacher) if teacher else 0,

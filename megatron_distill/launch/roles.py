@@ -241,6 +241,7 @@ def server_spec(
         deterministic=writes and servers.deterministic,  # scores draw nothing
         tp=servers.student_tp if is_student else servers.teacher_tp,
         cpu_threads=cpu_threads,
+        returns_hidden_states=not is_student and config.teacher.sends_hidden_states and config.distill.weight > 0,
         extra_args=servers.student_args if is_student else servers.teacher_args,
     )
 

@@ -19,6 +19,9 @@ from megatron_distill.training.feed import StepBatch
 FrozenModel = Callable[[MicroBatch], HiddenTensors]
 """What a model that does not learn says of a batch's response tokens, wherever it runs."""
 
+FrozenTeacher = Callable[[MicroBatch], HiddenTensors | None]
+"""The same of a teacher; None where it said nothing of the batch."""
+
 
 def run_model(model: Any, batch: MicroBatch, *, packed_kernels: bool) -> torch.Tensor | HiddenTensors:
     """The model's output for a micro-batch: on the last pipeline stage, hidden states of response tokens, and the head.
@@ -113,7 +116,7 @@ def make_forward_step(
     head: ChunkedHead,
     *,
     packed_kernels: bool,
-    teacher: FrozenModel | None = None,
+    teacher: FrozenTeacher | None = None,
     reference: FrozenModel | None = None,
     record: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> Callable[[Iterator[StepBatch], Any], tuple[Any, Callable[[HiddenTensors], Any]]]:

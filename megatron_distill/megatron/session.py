@@ -22,11 +22,12 @@ from megatron_distill.convert.live import load_hf_weights, save_hf
 from megatron_distill.megatron import micro_batch_count
 from megatron_distill.megatron.arguments import row_multiple, student_padded_vocab_size
 from megatron_distill.megatron.backend import Backend, choose_backend, prepare
-from megatron_distill.megatron.forward_step import make_forward_step
+from megatron_distill.megatron.forward_step import FrozenTeacher, make_forward_step
 from megatron_distill.megatron.in_process_teacher import InProcessTeacher
 from megatron_distill.megatron.megatron_log import ScalarTap, tap_scalars
 from megatron_distill.megatron.ranks import find_ranks
 from megatron_distill.megatron.router_load import RouterLoad
+from megatron_distill.megatron.teacher_head import TeacherHead
 from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.models.megatron_gpt import build_gpt_model
 from megatron_distill.models.vocabulary import Vocabulary
@@ -183,7 +184,7 @@ class _Live:
         self.forward_step = make_forward_step(
             ChunkedHead(objective, config.head_chunk_tokens),
             packed_kernels=session.backend.packed_kernels,
-            teacher=_frozen(session, config.teacher.path, device) if in_trainer else None,
+            teacher=_teacher(session, ranks, device) if config.distill.weight else None,
             reference=_frozen(session, config.student.path, device) if config.rl.reference_kl_coef else None,
             record=step_sums.add,
         )
@@ -220,6 +221,25 @@ class _Live:
             must_stop=lambda: any(signals.signals_received()),
             step=get_args().iteration,
         )
+
+
+def _teacher(session: Session, ranks: Ranks, device: torch.device) -> FrozenTeacher | None:
+    """The teacher beside the student, or the output layer of a served one; None if its scores travel."""
+    from megatron.core import mpu
+
+    config = session.config
+    if config.teacher.in_trainer:
+        return _frozen(session, config.teacher.path, device)
+    if not config.teacher.sends_hidden_states or not ranks.is_last_stage:
+        return None
+    return TeacherHead(
+        config.teacher.path,
+        padded_vocab_size=student_padded_vocab_size(config, session.hf_config),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        tp_size=config.student.parallel.tp,
+        dtype=next(session.chunks[0].parameters()).dtype,
+        device=device,
+    )
 
 
 def _frozen(session: Session, path: str, device: torch.device) -> InProcessTeacher:

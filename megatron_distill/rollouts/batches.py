@@ -25,7 +25,7 @@ import torch
 
 from megatron_distill.models.context_parallel import places_of_rank
 from megatron_distill.rollouts.dealing import by_count, by_tokens, num_tokens
-from megatron_distill.types import Rollout, Sample, TopKSignal
+from megatron_distill.types import HiddenSignal, Rollout, Sample, TopKSignal
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,28 @@ class TopKTensors:
     def at(self, kept_T: torch.Tensor | slice) -> "TopKTensors":
         """The rows of some of the tokens."""
         return TopKTensors(*(getattr(self, spec.name)[kept_T] for spec in fields(self)))
+
+
+@dataclass(frozen=True)
+class HiddenSignalTensors:
+    """A ``HiddenSignal`` of every response token of a micro-batch.
+
+    Attributes:
+        token_logprobs_T: fp32, the teacher's log-prob of the response token, by its server.
+        hidden_TH: what its output layer is given, in the server's dtype. It stays in the host's memory until the layer takes
+            it, a micro-batch at a time: a step's would not fit beside a model.
+    """
+
+    token_logprobs_T: torch.Tensor
+    hidden_TH: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "HiddenSignalTensors":
+        """The log-probs on ``device``."""
+        return replace(self, token_logprobs_T=self.token_logprobs_T.to(device, non_blocking=True))
+
+    def at(self, kept_T: torch.Tensor | slice) -> "HiddenSignalTensors":
+        """The rows of some of the tokens."""
+        return HiddenSignalTensors(self.token_logprobs_T[kept_T], self.hidden_TH[kept_T])
 
 
 @dataclass(frozen=True)
@@ -91,7 +113,7 @@ class MicroBatch:
     is_stale_T: torch.Tensor
     advantages_T: torch.Tensor
     policy_weights_T: torch.Tensor
-    signal: TopKTensors | None = None
+    signal: TopKTensors | HiddenSignalTensors | None = None
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same batch with every tensor on ``device``."""
@@ -100,7 +122,7 @@ class MicroBatch:
             value = getattr(self, spec.name)
             if isinstance(value, torch.Tensor):
                 moved[spec.name] = value.to(device, non_blocking=True)
-            elif isinstance(value, TopKTensors):
+            elif isinstance(value, TopKTensors | HiddenSignalTensors):
                 moved[spec.name] = value.to(device)
         return replace(self, **moved)
 
@@ -224,7 +246,7 @@ def _pack(
         ),
         advantages_T=_per_token(rollouts, [s.advantage for s in packed], np.float32),
         policy_weights_T=_per_token(rollouts, [s.policy_weight for s in packed], np.float32),
-        signal=None if scored_in_trainer else _topk_tensors(packed),
+        signal=None if scored_in_trainer else _signal_tensors(packed),
     )
 
 
@@ -248,31 +270,48 @@ def _sequence_starts(sequence_of_RL: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.append(np.flatnonzero(is_start_RL), sequence_of_RL.size).astype(np.int32))
 
 
-def _topk_tensors(samples: Sequence[Sample]) -> TopKTensors | None:
-    known = next((s.signal for s in samples if s.signal is not None), None)
-    if known is None:
-        return None
-    num_top, num_stops = known.topk_ids.shape[1], known.stop_logprobs.shape[1]
-
-    def signal(sample: Sample) -> TopKSignal:
-        if sample.signal is not None:
-            return sample.signal
-        # Masked by is_scored_T: any finite values do, and log-probs of -log(k + 1) keep them recognisable in a debugger.
-        length = len(sample.rollout.response_ids)
-        return TopKSignal(
-            token_logprobs=np.zeros(length, np.float32),
-            topk_ids=np.tile(np.arange(num_top, dtype=np.int32), (length, 1)),
-            topk_logprobs=np.full((length, num_top), -np.log(num_top + 1), np.float32),
-            stop_logprobs=np.full((length, num_stops), -30.0, np.float32),
+def _signal_tensors(samples: Sequence[Sample]) -> TopKTensors | HiddenSignalTensors | None:
+    """What the teacher said, with rows for what it did not say; None if it said nothing of any sample."""
+    known = next((sample.signal for sample in samples if sample.signal is not None), None)
+    rollouts = [sample.rollout for sample in samples]
+    if isinstance(known, TopKSignal):
+        topk = [s.signal if isinstance(s.signal, TopKSignal) else _no_topk(s.rollout, known) for s in samples]
+        return TopKTensors(
+            token_logprobs_T=_cat(rollouts, [s.token_logprobs for s in topk], np.float32),
+            ids_TK=_cat(rollouts, [s.topk_ids for s in topk], np.int64),
+            logprobs_TK=_cat(rollouts, [s.topk_logprobs for s in topk], np.float32),
+            stop_logprobs_TS=_cat(rollouts, [s.stop_logprobs for s in topk], np.float32),
         )
+    if isinstance(known, HiddenSignal):
+        hidden = [s.signal if isinstance(s.signal, HiddenSignal) else _no_hidden(s.rollout, known) for s in samples]
+        return HiddenSignalTensors(
+            token_logprobs_T=_cat(rollouts, [s.token_logprobs for s in hidden], np.float32),
+            hidden_TH=as_tensor(_cat_rows(rollouts, [s.hidden for s in hidden])),
+        )
+    return None
 
-    rollouts, filled = [sample.rollout for sample in samples], [signal(sample) for sample in samples]
-    return TopKTensors(
-        token_logprobs_T=_cat(rollouts, [s.token_logprobs for s in filled], np.float32),
-        ids_TK=_cat(rollouts, [s.topk_ids for s in filled], np.int64),
-        logprobs_TK=_cat(rollouts, [s.topk_logprobs for s in filled], np.float32),
-        stop_logprobs_TS=_cat(rollouts, [s.stop_logprobs for s in filled], np.float32),
+
+def _no_topk(rollout: Rollout, like: TopKSignal) -> TopKSignal:
+    """Masked by ``is_scored_T``: any finite values do, and log-probs of -log(k + 1) keep them recognisable in a debugger."""
+    length, num_top = len(rollout.response_ids), like.topk_ids.shape[1]
+    return TopKSignal(
+        token_logprobs=np.zeros(length, np.float32),
+        topk_ids=np.tile(np.arange(num_top, dtype=np.int32), (length, 1)),
+        topk_logprobs=np.full((length, num_top), -np.log(num_top + 1), np.float32),
+        stop_logprobs=np.full((length, like.stop_logprobs.shape[1]), -30.0, np.float32),
     )
+
+
+def _no_hidden(rollout: Rollout, like: HiddenSignal) -> HiddenSignal:
+    """Masked likewise: of zeros an output layer makes an even distribution."""
+    length = len(rollout.response_ids)
+    return HiddenSignal(np.zeros(length, np.float32), np.zeros((length, like.hidden.shape[1]), like.hidden.dtype))
+
+
+def as_tensor(hidden: npt.NDArray[Any]) -> torch.Tensor:
+    """Hidden states as ``HiddenSignal`` holds them, in the dtype that they are; shares the array's memory."""
+    tensor = torch.from_numpy(hidden)
+    return tensor.view(torch.bfloat16) if hidden.dtype == np.uint16 else tensor
 
 
 def _learnt(rollout: Rollout) -> np.ndarray:
@@ -282,8 +321,12 @@ def _learnt(rollout: Rollout) -> np.ndarray:
 
 def _cat(rollouts: Sequence[Rollout], arrays: Sequence[npt.ArrayLike], dtype: type) -> torch.Tensor:
     """One row for each learnt token of the rollouts, from arrays with one for each response token."""
+    return torch.from_numpy(_cat_rows(rollouts, [np.asarray(array, dtype) for array in arrays]))
+
+
+def _cat_rows(rollouts: Sequence[Rollout], arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     pairs = zip(rollouts, arrays, strict=True)
-    return torch.from_numpy(np.concatenate([np.asarray(array, dtype)[_learnt(rollout)] for rollout, array in pairs]))
+    return np.concatenate([array[_learnt(rollout)] for rollout, array in pairs])
 
 
 def _per_token(rollouts: Sequence[Rollout], values: Sequence[float], dtype: type) -> torch.Tensor:

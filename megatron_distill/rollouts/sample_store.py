@@ -8,6 +8,7 @@ import json
 import re
 import zipfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import numpy as np
 
 from megatron_distill.errors import DataError
 from megatron_distill.rollouts.source import Share
-from megatron_distill.types import Rollout, Sample, TopKSignal
+from megatron_distill.types import HiddenSignal, Rollout, Sample, Signal, TopKSignal
 
 _NAME = re.compile(r"step_(\d+)\.(\d+)-of-(\d+)\.npz")
-_PER_TOKEN = ("token_logprobs", "topk_ids", "topk_logprobs", "stop_logprobs")
+_SIGNALS: tuple[type[TopKSignal] | type[HiddenSignal], ...] = (TopKSignal, HiddenSignal)
 
 
 class SampleStore:
@@ -85,7 +86,7 @@ def _to_arrays(samples: Sequence[Sample]) -> dict[str, Any]:
         if rollout.is_learnt is not None:
             arrays[f"{number}.is_learnt"] = rollout.is_learnt
         if signal is not None:
-            arrays |= {f"{number}.{name}": getattr(signal, name) for name in _PER_TOKEN}
+            arrays |= {f"{number}.{one.name}": getattr(signal, one.name) for one in fields(signal)}
     return arrays | {"facts": np.asarray(json.dumps(facts))}
 
 
@@ -111,7 +112,13 @@ def _sample(number: int, facts: dict[str, Any], arrays: dict[str, Any]) -> Sampl
         is_learnt=arrays.get(f"{number}.is_learnt"),
         **facts,
     )
-    signal = None
-    if f"{number}.topk_ids" in arrays:
-        signal = TopKSignal(**{name: arrays[f"{number}.{name}"] for name in _PER_TOKEN})
-    return Sample(rollout, signal, **of_sample, reward_parts=parts)
+    return Sample(rollout, _signal(number, arrays), **of_sample, reward_parts=parts)
+
+
+def _signal(number: int, arrays: dict[str, Any]) -> Signal | None:
+    """Of the kind whose arrays are all there."""
+    for kind in _SIGNALS:
+        names = {one.name: f"{number}.{one.name}" for one in fields(kind)}
+        if all(name in arrays for name in names.values()):
+            return kind(**{field: arrays[name] for field, name in names.items()})
+    return None

@@ -25,7 +25,7 @@ from megatron_distill.rollouts.environment import Episode, Turns
 from megatron_distill.rollouts.order import sampling_of, sampling_seed, student_writes
 from megatron_distill.rollouts.solutions import check_solutions, cut_solution, encode_solution
 from megatron_distill.rollouts.source import IN_FLIGHT, Collected, Share, SourceContext
-from megatron_distill.types import Author, Rollout, Sample, SinceVersion, TopKSignal, WantedVersion
+from megatron_distill.types import Author, Rollout, Sample, Signal, SinceVersion, WantedVersion
 
 _OFF_POLICY_SERIAL = 1 << 40  # seeds of what the student does not write lie apart from its own
 
@@ -78,7 +78,7 @@ class StreamedSource:
         wanted = self._wanted(step)
         writing = {self._writers.submit(self._write, places[i], horizon_tokens, wanted): i for i in longest_first}
         rollouts: dict[int, Rollout] = {}
-        scoring: dict[int, Future[TopKSignal | None]] = {}
+        scoring: dict[int, Future[Signal | None]] = {}
         try:
             for done in as_completed(writing):
                 place, rollout = writing[done], done.result()
@@ -167,7 +167,7 @@ class StreamedSource:
         )
         return context.environment(context.train.problems[place.problem_index], list(prompt_ids), turns)
 
-    def _score(self, rollout: Rollout) -> TopKSignal | None:
+    def _score(self, rollout: Rollout) -> Signal | None:
         assert self._context.teacher is not None
         [signal] = self._context.teacher.score([rollout])
         return signal

@@ -143,6 +143,15 @@ METRICS: tuple[Metric, ...] = (
         "Falls: the two rank tokens differently although a divergence may look small.",
     ),
     Metric(
+        "teacher_gap_nats",
+        "Distributions",
+        "Where a served teacher sends hidden states: |log-prob by its server - by its output layer in the trainer|, mean over "
+        "response tokens.",
+        "Below 1e-4 in fp32; in bf16 the rounding of two kernels.",
+        "Large: the server does not serve the weights in teacher.path.",
+        form=".1e",
+    ),
+    Metric(
         "student_stop_mass",
         "Distributions",
         "Probability that the student gives to stopping (all stop tokens together), mean over response tokens.",

@@ -25,7 +25,7 @@ from megatron_distill.errors import ConfigError, DataError
 from megatron_distill.sglang import wire
 from megatron_distill.sglang.control import ReplicaControl
 from megatron_distill.sglang.transport import GaveUp, ReplicaPool
-from megatron_distill.types import Generation, SamplingParams, TopKSignal, WantedVersion
+from megatron_distill.types import Generation, HiddenSignal, SamplingParams, TopKSignal, WantedVersion
 
 Ids = Sequence[int]
 RequestProgress = Callable[[int, int], None]
@@ -179,20 +179,71 @@ class SGLangClient(ReplicaControl):
             )
         if stop_token_ids:
             stop_token_ids = wire.check_token_ids("score.stop_token_ids", stop_token_ids, self.vocab_size)
+
+        def read(reply: wire.Json, num_prompt: int, num_response: int) -> TopKSignal:
+            return wire.read_scores(reply, num_prompt, num_response, top_k, stop_token_ids, weight_version)
+
+        return self._each_response(
+            "score",
+            sequences,
+            lambda prompt, response: wire.score_request(prompt, response, top_k, stop_token_ids),
+            read,
+            weight_version,
+            progress,
+        )
+
+    def hidden_states(
+        self,
+        sequences: Sequence[tuple[Ids, Ids]],
+        *,
+        weight_version: str | None = None,
+        progress: RequestProgress | None = None,
+    ) -> list[HiddenSignal | None]:
+        """What the served model's output layer is given along given responses; the server's spec must say that it sends it.
+
+        Args:
+            sequences: pairs (prompt_ids [P], response_ids [R]), neither empty.
+            weight_version: of the weights that must give them; None takes any.
+            progress: called after each sequence.
+
+        Returns:
+            One entry for each sequence, in order; None as in ``score``.
+
+        Raises:
+            DataError: a token id or a length that the server could not take. Nothing was sent.
+            StaleWeightsError: no server that can be reached serves ``weight_version``.
+            ServerError: no server can be reached, or it refuses the requests, or does not send hidden states.
+        """
+
+        def read(reply: wire.Json, num_prompt: int, num_response: int) -> HiddenSignal:
+            return wire.read_hidden_states(reply, num_prompt, num_response, weight_version)
+
+        return self._each_response(
+            "hidden_states", sequences, wire.hidden_states_request, read, weight_version, progress
+        )
+
+    def _each_response[S](
+        self,
+        where: str,
+        sequences: Sequence[tuple[Ids, Ids]],
+        request: Callable[[list[int], list[int]], wire.Json],
+        read: Callable[[wire.Json, int, int], S],
+        weight_version: str | None,
+        progress: RequestProgress | None,
+    ) -> list[S | None]:
+        """A signal along each response; None, and counted, where it could not be got."""
         pairs: list[tuple[list[int], list[int]]] = []
         for i, (prompt_ids, response_ids) in enumerate(sequences):
-            prompt = wire.check_token_ids(f"score.sequences[{i}].prompt_ids", prompt_ids, self.vocab_size)
-            response = wire.check_token_ids(f"score.sequences[{i}].response_ids", response_ids, self.vocab_size)
-            wire.check_length(f"score.sequences[{i}]", len(prompt) + len(response), self.context_length)
+            prompt = wire.check_token_ids(f"{where}.sequences[{i}].prompt_ids", prompt_ids, self.vocab_size)
+            response = wire.check_token_ids(f"{where}.sequences[{i}].response_ids", response_ids, self.vocab_size)
+            wire.check_length(f"{where}.sequences[{i}]", len(prompt) + len(response), self.context_length)
             pairs.append((prompt, response))
 
-        def one(prompt: list[int], response: list[int], cancelled: threading.Event) -> TopKSignal | None:
+        def one(prompt: list[int], response: list[int], cancelled: threading.Event) -> S | None:
             try:
                 return self._pool.request(
-                    wire.score_request(prompt, response, top_k, stop_token_ids),
-                    lambda reply: wire.read_scores(
-                        reply, len(prompt), len(response), top_k, stop_token_ids, weight_version
-                    ),
+                    request(prompt, response),
+                    lambda reply: read(reply, len(prompt), len(response)),
                     cancelled,
                     timeout_s=self._timeout_s,
                     weight_version=weight_version,

@@ -38,6 +38,7 @@ import urllib3
 
 from megatron_distill.errors import ConfigError, ServerError
 from megatron_distill.sglang.cpu_plugin import CPU_SERVER_ENV
+from megatron_distill.sglang.hidden_states import HIDDEN_STATES_ENV
 from megatron_distill.sglang.leash import KEY_VARIABLE
 from megatron_distill.sglang.server_log import START_MARK, log_tail
 
@@ -66,6 +67,7 @@ class ServerSpec:
             which are slower; on a CPU it costs nothing.
         weight_version: label of the weights in ``model_dir``; every reply carries it.
         tp: tensor-parallel size of this one server.
+        returns_hidden_states: whether ``SGLangClient.hidden_states`` may be asked; see ``sglang.hidden_states``.
         cpu_threads: OpenMP threads of a CPU server. More than one helps only large models on idle cores: threads that wait for
             each other on busy cores made a tiny model many times slower (docs/sglang.md has the figures).
         extra_args: further ``sglang.launch_server`` arguments; they come last, so they win.
@@ -81,6 +83,7 @@ class ServerSpec:
     deterministic: bool = True
     weight_version: str = "0"
     tp: int = 1
+    returns_hidden_states: bool = False
     cpu_threads: int = 1
     extra_args: tuple[str, ...] = ()
 
@@ -126,6 +129,9 @@ def command(spec: ServerSpec, python: str = sys.executable) -> ServerCommand:
     if spec.deterministic:
         argv += ["--enable-deterministic-inference"]
     env: dict[str, str] = {}
+    if spec.returns_hidden_states:
+        argv += ["--enable-return-hidden-states"]
+        env |= HIDDEN_STATES_ENV
     if spec.device == "cpu":
         argv += ["--attention-backend", "torch_native", "--disable-overlap-schedule"]
         # The token cap sizes the cache. The fraction only bounds it, by the *machine's* free memory: a low one ends the start

@@ -6,11 +6,13 @@ Facts of SGLang 0.5.23 that the code below rests on:
   empty entry and go on with the R response tokens. Prefixes before that position stay cacheable.
 * Top-k arrives flat and base64-coded if asked for (a third of the bytes, no JSON floats to parse). The server may fall
   back to nested lists with only a line in its log, and so may a proxy that drops unknown keys: both forms are read.
+* Hidden states come as nested JSON numbers, of the last prefilled chunk only. Our servers send them in binary instead, whole
+  (``hidden_states``), with the one token that has to be drawn for a plugin's results to be sent at all.
 * The token ids echoed beside input log-probs are wrong for the last vocabulary entry. Ours are used instead.
 * Temperature divides the logits of *sampled* log-probs and leaves input log-probs alone.
 * An aborted request answers 200 with ``finish_reason.type == "abort"`` and the tokens so far.
 
-Shapes: P prompt tokens, R response tokens, K top tokens, S stop tokens, V vocabulary.
+Shapes: P prompt tokens, R response tokens, K top tokens, S stop tokens, V vocabulary, H a model's width.
 """
 
 from __future__ import annotations
@@ -23,7 +25,16 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_distill.errors import DataError, ServerError
-from megatron_distill.types import Generation, SamplingParams, SinceVersion, TopKSignal, VersionSpan, WantedVersion
+from megatron_distill.sglang.hidden_states import REPLY_KEY
+from megatron_distill.types import (
+    Generation,
+    HiddenSignal,
+    SamplingParams,
+    SinceVersion,
+    TopKSignal,
+    VersionSpan,
+    WantedVersion,
+)
 
 Json = dict[str, Any]
 
@@ -116,6 +127,17 @@ def serves(version: str, wanted: WantedVersion) -> bool:
     return wanted in (None, version)
 
 
+def hidden_states_request(prompt_ids: list[int], response_ids: list[int]) -> Json:
+    """A request for the last hidden states that predict a response's tokens, and those tokens' log-probs."""
+    return {
+        "input_ids": prompt_ids + response_ids,
+        "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+        "return_logprob": True,
+        "logprob_start_len": len(prompt_ids) - 1,
+        "return_hidden_states": True,
+    }
+
+
 def read_generation(
     reply: Json, num_prompt_tokens: int, max_new_tokens: int, vocab_size: int, weight_version: WantedVersion
 ) -> Generation:
@@ -175,17 +197,14 @@ def read_scores(
         NotAnAnswer: the request was aborted, or answered by other weights than asked for.
         MalformedReply: shapes or numbers are not what they must be.
     """
-    meta = _meta(reply, num_prompt_tokens + num_response_tokens)
-    if weight_version is not None and meta["weight_version"] != weight_version:
-        raise NotAnAnswer(f"scored by weight version {meta['weight_version']!r}, and {weight_version!r} was asked for")
-    entries = meta["input_token_logprobs"][1:]
+    meta = _scored_meta(reply, num_prompt_tokens + num_response_tokens, weight_version)
     topk_ids, topk_logprobs = _top_k(meta, (num_response_tokens, top_k))
     stop_rows = meta["input_token_ids_logprobs"][1:] if stop_token_ids else [[]] * num_response_tokens
     _require(
         all([token for _, token, _ in row] == list(stop_token_ids) for row in stop_rows), "stop tokens are out of order"
     )
     return TopKSignal(
-        token_logprobs=_finite([logprob for logprob, _, _ in entries], (num_response_tokens,), "token"),
+        token_logprobs=_token_logprobs(meta, num_response_tokens),
         topk_ids=topk_ids,
         topk_logprobs=topk_logprobs,
         stop_logprobs=_finite(
@@ -194,6 +213,55 @@ def read_scores(
             "stop",
         ),
     )
+
+
+def read_hidden_states(
+    reply: Json, num_prompt_tokens: int, num_response_tokens: int, weight_version: str | None = None
+) -> HiddenSignal:
+    """Check a reply to ``hidden_states_request`` and take it apart. Row r of each array belongs to response token r.
+
+    Raises:
+        NotAnAnswer: the request was aborted, or answered by other weights than asked for.
+        MalformedReply: shapes or numbers are not what they must be.
+        ServerError: the server does not send them in binary.
+    """
+    meta = _scored_meta(reply, num_prompt_tokens + num_response_tokens, weight_version)
+    if REPLY_KEY not in meta:
+        raise ServerError(
+            f"sglang.hidden_states = no {REPLY_KEY!r} in the reply: the server must be started by megatron_distill, from an "
+            "environment in which it is installed: it then sends hidden states in binary. Install the package again there "
+            "(pip install -e .), so that SGLang finds its entry points."
+        )
+    [sent] = meta[REPLY_KEY]
+    _require(sent["dtype"] in _HIDDEN_DTYPES, f"hidden states of dtype {sent['dtype']}")
+    shape = tuple(sent["shape"])
+    _require(len(shape) == 2 and shape[0] == num_response_tokens, f"hidden states of shape {shape}")
+    hidden = np.frombuffer(base64.b64decode(sent["data"]), _HIDDEN_DTYPES[sent["dtype"]]).reshape(shape).copy()
+    _require(_is_finite(hidden), "hidden states are not finite")
+    return HiddenSignal(_token_logprobs(meta, num_response_tokens), hidden)
+
+
+_HIDDEN_DTYPES: dict[str, type] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+_BF16_EXPONENT = np.uint16(0x7F80)  # all ones in an infinity and in a NaN
+
+
+def _is_finite(hidden: npt.NDArray[Any]) -> bool:
+    if hidden.dtype == np.uint16:
+        return bool(((hidden & _BF16_EXPONENT) != _BF16_EXPONENT).all())
+    return bool(np.isfinite(hidden).all())
+
+
+def _scored_meta(reply: Json, num_input_tokens: int, weight_version: str | None) -> Json:
+    """``_meta`` of a reply about a given response, by the weights that were asked."""
+    meta = _meta(reply, num_input_tokens)
+    if weight_version is not None and meta["weight_version"] != weight_version:
+        raise NotAnAnswer(f"scored by weight version {meta['weight_version']!r}, and {weight_version!r} was asked for")
+    return meta
+
+
+def _token_logprobs(meta: Json, num_response_tokens: int) -> npt.NDArray[np.float32]:
+    entries = meta["input_token_logprobs"][1:]
+    return _finite([logprob for logprob, _, _ in entries], (num_response_tokens,), "token")
 
 
 def _meta(reply: Json, num_input_tokens: int) -> Json:

@@ -6,10 +6,15 @@
 from megatron_distill.teacher.base import MakeTeacher, Teacher, TeacherContext
 from megatron_distill.teacher.cache import CachedSampler, CachedTeacher, teacher_identity
 from megatron_distill.teacher.privileged import PrivilegedTeacher, teacher_prompts
+from megatron_distill.teacher.sglang_hidden import SGLangHiddenTeacher, make_sglang_hidden
 from megatron_distill.teacher.sglang_topk import SGLangTopKTeacher, make_sglang_topk
 from megatron_distill.teacher.sglang_urls import make_sglang_urls, problems_of_urls
 
-TRANSPORTS: dict[str, MakeTeacher] = {"sglang_topk": make_sglang_topk, "sglang_urls": make_sglang_urls}
+TRANSPORTS: dict[str, MakeTeacher] = {
+    "sglang_topk": make_sglang_topk,
+    "sglang_hidden": make_sglang_hidden,
+    "sglang_urls": make_sglang_urls,
+}
 """Transports that ask somebody outside the trainer; ``in_process`` is made in ``megatron.session``."""
 
 __all__ = [
@@ -18,9 +23,11 @@ __all__ = [
     "CachedTeacher",
     "MakeTeacher",
     "PrivilegedTeacher",
+    "SGLangHiddenTeacher",
     "SGLangTopKTeacher",
     "Teacher",
     "TeacherContext",
+    "make_sglang_hidden",
     "make_sglang_topk",
     "make_sglang_urls",
     "problems_of_urls",

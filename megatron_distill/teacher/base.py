@@ -2,7 +2,8 @@
 
     transport       runs                          says              its loss
     sglang_topk     on SGLang servers             ``TopKSignal``    KL over k outcomes and a tail
-    in_process      in the trainer, as Megatron   logits [T, V/tp]  KL over the vocabulary (``megatron.in_process_teacher``)
+    sglang_hidden   on SGLang servers             ``HiddenSignal``  over the vocabulary (``megatron.teacher_head``)
+    in_process      in the trainer, as Megatron   logits [T, V/tp]  over the vocabulary (``megatron.in_process_teacher``)
     sglang_urls     on servers that run already   ``TopKSignal``    as sglang_topk; several, one for each kind of problem
     a function      wherever it likes             ``TopKSignal``    as sglang_topk
 
@@ -17,14 +18,14 @@ from typing import Protocol
 
 from megatron_distill.config import RunConfig
 from megatron_distill.sglang.client import SGLangClient
-from megatron_distill.types import Problem, Rollout, TopKSignal
+from megatron_distill.types import Problem, Rollout, Signal
 
 
 class Teacher(Protocol):
     """Scores given responses. What it could not score is None, never zeros: it is masked, counted, and bounded."""
 
-    def score(self, rollouts: Sequence[Rollout], /) -> list[TopKSignal | None]:
-        """One signal for each rollout, in order, with the same K and S for all."""
+    def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Signal | None]:
+        """One signal for each rollout, in order, of one kind and with the same K and S, or H, for all."""
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,17 @@ In: a ``Teacher`` or ``Sampler`` and a directory. Out: the same interface, which
 A key is a hash of everything that the answer depends on and of nothing else:
 
     scores      teacher's identity, prompt ids, response ids, top_k, stop token ids
+    hidden      teacher's identity, prompt ids, response ids
     responses   teacher's identity, prompt ids, sampling parameters, seed
 
 No step, batch, rank or layout enters, so that a later epoch, another run, or one with other tp, pp, dp or micro-batches
 hits. ``teacher_identity`` hashes the weights themselves, since a path may come to hold others.
 
-Everything comes back bit for bit (ids of 32 bits, log-probs of 32): a run with a warm cache equals one without, which
-rounded log-probs would not allow, the tail bucket least of all, being 1 minus a sum that is nearly 1. Byte planes of
-differences between neighbours make up for it: see ``benchmarks/teacher_cache.py`` for bytes a token.
+Everything comes back bit for bit (ids of 32 bits, log-probs of 32, hidden states as they were sent): a run with a warm
+cache equals one without, which rounded log-probs would not allow, the tail bucket least of all, being 1 minus a sum that is
+nearly 1. Byte planes of differences between neighbours make up for it: see ``benchmarks/teacher_cache.py`` for bytes a token.
 
-    teacher = CachedTeacher(SGLangTopKTeacher(...), Path(cache_dir), identity=..., top_k=64, stop_token_ids=(0, 1))
+    teacher = CachedTeacher(SGLangTopKTeacher(...), Path(cache_dir), SCORES, teacher=identity, top_k=64, stop_token_ids=[0, 1])
     teacher.score(rollouts); teacher.hits, teacher.misses
 """
 
@@ -22,9 +23,9 @@ import json
 import struct
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,16 @@ import numpy.typing as npt
 from megatron_distill.errors import CheckpointError
 from megatron_distill.teacher.base import Teacher
 from megatron_distill.teacher.shard_store import KEY_BYTES, ShardStore
-from megatron_distill.types import Generation, Rollout, Sampler, SamplingParams, TopKSignal, WantedVersion
+from megatron_distill.types import (
+    Generation,
+    HiddenSignal,
+    Rollout,
+    Sampler,
+    SamplingParams,
+    Signal,
+    TopKSignal,
+    WantedVersion,
+)
 
 COMPRESSION_LEVEL = 1
 """Of zlib. On byte planes, higher levels (and zstd) save a few per cent and cost several times the time."""
@@ -60,6 +70,21 @@ def teacher_identity(path: Path, dtype: str) -> str:
     return hashlib.blake2b("\n".join([dtype, *digests]).encode(), digest_size=16).hexdigest()
 
 
+@dataclass(frozen=True)
+class Kind[S]:
+    """What kind of signal a cache holds.
+
+    Attributes:
+        name: the folder in the cache, and a part of every key.
+        encode: a signal as bytes, without loss.
+        decode: its inverse.
+    """
+
+    name: str
+    encode: Callable[[S], bytes]
+    decode: Callable[[bytes], S]
+
+
 class CachedTeacher:
     """A ``Teacher`` that remembers; see the module's docstring.
 
@@ -68,44 +93,42 @@ class CachedTeacher:
         misses: sequences that the inner teacher was asked for, answered or not.
     """
 
-    def __init__(
-        self, inner: Teacher, directory: Path, *, identity: str, top_k: int, stop_token_ids: Sequence[int]
-    ) -> None:
+    def __init__(self, inner: Teacher, directory: Path, kind: Kind[Any], *, teacher: str, **question: Any) -> None:
         """Open the cache.
 
         Args:
             inner: the teacher that knows.
-            directory: of the cache; scores go to ``scores/`` in it.
-            identity: of the inner teacher, see ``teacher_identity``.
-            top_k: K of the inner teacher's scores.
-            stop_token_ids: of the inner teacher's scores, in order.
+            directory: of the cache; signals go to a folder in it that is called as their kind.
+            kind: of the inner teacher's signals: ``SCORES`` or ``HIDDEN``.
+            teacher: who it is, see ``teacher_identity``.
+            question: what else its answers depend on; of scores, ``top_k`` and the list ``stop_token_ids``, in order.
 
         Raises:
             DataError: if the directory cannot be made.
         """
-        self._inner = inner
-        self._store = ShardStore(directory / "scores")
+        self._inner, self._kind = inner, kind
+        self._store = ShardStore(directory / kind.name)
         self._lock = threading.Lock()  # of the store; the inner teacher is asked outside it
-        self._facts = {"teacher": identity, "top_k": top_k, "stop_token_ids": list(stop_token_ids)}
+        self._facts = {"teacher": teacher} | question
         self.hits = self.misses = 0
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[TopKSignal | None]:
-        """Scores of each rollout. What the inner teacher could not score is None, is not stored, and is asked for again.
+    def score(self, rollouts: Sequence[Rollout]) -> list[Signal | None]:
+        """Signals of each rollout. What the inner teacher could not score is None, is not stored, and is asked for again.
 
         Raises:
             DataError: if the disk does not take new scores.
         """
-        keys = [_key("scores", self._facts, rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
+        keys = [_key(self._kind.name, self._facts, rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
         with self._lock:
-            known = {key: decode_scores(payload) for key, payload in self._store.get(keys).items()}
+            known = {key: self._kind.decode(payload) for key, payload in self._store.get(keys).items()}
             missing = {key: rollout for key, rollout in zip(keys, rollouts, strict=True) if key not in known}
             self.misses += len(missing)
             self.hits += len(rollouts) - len(missing)
         if missing:
             answers = dict(zip(missing, self._inner.score(list(missing.values())), strict=True))
-            fresh = {key: scores for key, scores in answers.items() if scores is not None}
+            fresh = {key: signal for key, signal in answers.items() if signal is not None}
             with self._lock:
-                self._store.put({key: encode_scores(scores) for key, scores in fresh.items()})
+                self._store.put({key: self._kind.encode(signal) for key, signal in fresh.items()})
             known |= fresh
         return [known.get(key) for key in keys]
 
@@ -216,6 +239,36 @@ def decode_scores(payload: bytes) -> TopKSignal:
         topk_logprobs=bits_RK.view(np.float32),
         stop_logprobs=stop_logprobs.view(np.float32).reshape(num_tokens, num_stops),
     )
+
+
+_HIDDEN_SHAPE = struct.Struct("<8sIII")  # numpy's name of the dtype, R, H, bytes of the compressed part
+
+
+def encode_hidden(signal: HiddenSignal) -> bytes:
+    """Hidden states as bytes, without loss: signs and exponents, in the last byte plane, repeat; the others are noise."""
+    hidden = np.ascontiguousarray(signal.hidden)
+    planes_BN = hidden.reshape(-1, 1).view(np.uint8).T
+    packed = zlib.compress(signal.token_logprobs.tobytes() + planes_BN[-1].tobytes(), COMPRESSION_LEVEL)
+    shape = _HIDDEN_SHAPE.pack(hidden.dtype.str.encode(), *hidden.shape, len(packed))
+    return shape + packed + planes_BN[:-1].tobytes()
+
+
+def decode_hidden(payload: bytes) -> HiddenSignal:
+    """The inverse of ``encode_hidden``."""
+    name, num_tokens, width, num_packed = _HIDDEN_SHAPE.unpack_from(payload)
+    dtype, start = np.dtype(name.rstrip(b"\0").decode()), _HIDDEN_SHAPE.size + num_packed
+    packed = zlib.decompress(payload[_HIDDEN_SHAPE.size : start])
+    bytes_NB = np.empty((num_tokens * width, dtype.itemsize), np.uint8)
+    bytes_NB[:, -1] = np.frombuffer(packed, np.uint8, offset=4 * num_tokens)
+    bytes_NB[:, :-1] = np.frombuffer(payload, np.uint8, offset=start).reshape(dtype.itemsize - 1, -1).T
+    return HiddenSignal(
+        token_logprobs=np.frombuffer(packed, np.float32, num_tokens).copy(),
+        hidden=bytes_NB.view(dtype).reshape(num_tokens, width),
+    )
+
+
+SCORES = Kind("scores", encode_scores, decode_scores)
+HIDDEN = Kind("hidden", encode_hidden, decode_hidden)
 
 
 def encode_generation(generation: Generation) -> bytes:

@@ -13,7 +13,7 @@ from megatron_distill.config import RunConfig
 from megatron_distill.config.loading import load_function
 from megatron_distill.errors import ConfigError
 from megatron_distill.teacher.base import Teacher
-from megatron_distill.types import Problem, Rollout, TopKSignal
+from megatron_distill.types import Problem, Rollout, Signal
 
 
 class PrivilegedTeacher:
@@ -28,7 +28,7 @@ class PrivilegedTeacher:
         """
         self._inner, self._prompts = inner, prompts
 
-    def score(self, rollouts: Sequence[Rollout], /) -> list[TopKSignal | None]:
+    def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Signal | None]:
         """As the inner teacher scores the same responses behind the other prompts."""
         return self._inner.score(
             [replace(rollout, prompt_ids=list(self._prompts[rollout.prompt_index])) for rollout in rollouts]

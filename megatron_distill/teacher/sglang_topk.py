@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_distill.sglang.client import SGLangClient
 from megatron_distill.teacher.base import Teacher, TeacherContext
-from megatron_distill.teacher.cache import CachedTeacher, teacher_identity
+from megatron_distill.teacher.cache import SCORES, CachedTeacher, teacher_identity
 from megatron_distill.types import Rollout, TopKSignal
 
 
@@ -25,9 +25,10 @@ def make_sglang_topk(context: TeacherContext) -> Teacher:
     return CachedTeacher(
         teacher,
         Path(config.teacher.cache_dir),
-        identity=teacher_identity(Path(config.teacher.path), config.student.dtype),
+        SCORES,
+        teacher=teacher_identity(Path(config.teacher.path), config.student.dtype),
         top_k=top_k,
-        stop_token_ids=context.stop_token_ids,
+        stop_token_ids=list(context.stop_token_ids),
     )
 
 

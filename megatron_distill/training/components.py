@@ -62,7 +62,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class LogitTensors:
-    """What a teacher in the trainer says: logits [T, V/tp], sharded like the student's."""
+    """What a teacher says whose output layer is in the trainer: logits [T, V/tp], sharded like the student's."""
 
     logits_TV: Tensor
 

@@ -244,6 +244,10 @@ class _TimedClient(SGLangClient):
         with self._busy():
             return super().score(*args, **kwargs)
 
+    def hidden_states(self, *args: Any, **kwargs: Any) -> Any:
+        with self._busy():
+            return super().hidden_states(*args, **kwargs)
+
 
 def check_functions(config: RunConfig) -> None:
     """Look up every function that a run's leader will call, so that a bad one is told before servers start.

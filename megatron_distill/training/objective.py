@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from megatron_distill.losses import vocab_parallel_logprobs, vocab_parallel_topk
-from megatron_distill.rollouts.batches import MicroBatch, TopKTensors
+from megatron_distill.rollouts.batches import HiddenSignalTensors, MicroBatch, TopKTensors
 from megatron_distill.runs.metrics import Sums, add_sums
 from megatron_distill.training.components import (
     Component,
+    LogitTensors,
     LossContext,
     Shards,
     SignalTensors,
@@ -79,16 +80,18 @@ class Objective:
             logits_TV: student's, [T, V/tp], fp32 or bf16.
             batch: everything else about the same T response tokens.
             plan: numbers that hold for the whole step.
-            signal: what the teacher said; by default what travelled with the batch.
+            signal: what the teacher said; by default the top k that travelled with the batch.
             reference_TV: logits of RL's reference model, [T, V/tp].
             probed: the tokens on which the costlier metrics are measured; None takes an even sample (``probe``).
         """
+        if signal is None and not isinstance(batch.signal, HiddenSignalTensors):
+            signal = batch.signal
         context = LossContext(
             logits_TV=logits_TV,
             batch=batch,
             plan=plan,
             shards=self.shards,
-            signal=signal if signal is not None else batch.signal,
+            signal=signal,
             reference_TV=reference_TV,
             learns_logprobs=any(component.learns_logprobs for component in self.components),
             is_only_component=len(self.components) == 1,
@@ -127,6 +130,10 @@ class Objective:
                 for stop in self.shards.stop_token_ids
             ]
             sums["student_stop_mass"] = masked_sum(torch.stack(masses).sum(0), every_P)
+        if isinstance(context.signal, LogitTensors) and isinstance(batch.signal, HiddenSignalTensors):
+            teacher_P = vocab_parallel_logprobs(context.signal.logits_TV[rows], target_ids_P, **shards).logprobs
+            gap_P = (teacher_P - batch.signal.token_logprobs_T[rows]).abs()
+            sums["teacher_gap_nats"] = masked_sum(gap_P, batch.is_scored_T[rows])
         if isinstance(context.signal, TopKTensors):
             num_top = min(OVERLAP_TOP_K, context.signal.ids_TK.shape[1])
             student_PK, _ = vocab_parallel_topk(logits_PV, num_top, **shards)

@@ -2,7 +2,8 @@
 
 A *leader* (the first rank of a data-parallel replica) talks to servers and files; the others of its replica get what it
 got. The exchange is plain Python objects over gloo, so that it needs no GPU memory and cannot disturb Megatron's own
-communication: token ids and top-k scores, 8 bytes x K a response token and replica (K = 64: 17 MB for 8 responses of 4,096).
+communication: token ids and top-k scores, 8 bytes x K a response token and replica (K = 64: 17 MB for 8 responses of 4,096), or
+hidden states, 2 bytes x H in bf16 (H = 4,096: 268 MB).
 A leader's failure travels the same way: all ranks raise it, none waits for ever.
 """
 

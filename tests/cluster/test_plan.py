@@ -138,6 +138,7 @@ def test_logits_are_counted_as_often_as_they_are_held() -> None:
         )
 
     in_place = logits("teacher.transport=in_process")
+    assert logits("teacher.transport=sglang_hidden") == in_place
     assert logits("teacher.transport=sglang_topk") == 2 * in_place
     assert logits("teacher.transport=in_process", "sft.weight=1", "rollouts.student_prefix_frac=0.5") == 3 * in_place
 
@@ -146,6 +147,23 @@ def test_a_chunk_of_logits_is_what_the_trainer_makes_of_it() -> None:
     """The tokens that plan takes for a GPU are those that the loss takes there."""
     head = torch.empty(151_936 // 8, 1, device="meta")
     assert default_chunk_tokens(head) == memory.CHUNK_LOGIT_BYTES // (4 * head.shape[0])
+
+
+def test_hidden_states_cost_their_bytes_and_one_matrix() -> None:
+    """Base64 of a bf16 number for each feature, to the leader; the numbers themselves, to each other rank of its replica; and
+    the teacher's output layer over tp, instead of the teacher."""
+    config = with_overrides(qwen3.b8_from_32b_4x8_4096(), ["teacher.transport=sglang_hidden"])
+    student, teacher = models_of(config)
+    assert teacher is not None
+    result = planner.plan(config, student, teacher, 80)
+    wires = {part.name: part.num_bytes for part in result.wire}
+    tokens = config.rollouts_per_step * config.max_horizon_tokens
+    assert wires["hidden states"] == tokens * (teacher.hidden_size * 2 * 4 / 3 + 36)
+    assert wires["to other ranks"] == tokens * teacher.hidden_size * 2 * (config.student.parallel.tp - 1)
+    assert "teacher scores" not in wires
+    parts = {part.name: part.num_bytes for part in result.trainer}
+    assert parts["teacher head"] == 152_064 // config.student.parallel.tp * teacher.hidden_size * 2
+    assert "teacher weights" not in parts
 
 
 def test_every_axis_moves_the_memory_that_it_shares() -> None:

@@ -11,6 +11,7 @@ from megatron_distill.config.loading import all_recipes
 from megatron_distill.config.schedules import constant
 from megatron_distill.launch.launch import server_groups
 from megatron_distill.launch.roles import server_spec
+from megatron_distill.sglang.hidden_states import HIDDEN_STATES_ENV
 from megatron_distill.sglang.server import ServerSpec, command
 
 
@@ -51,6 +52,23 @@ def test_kernels_that_repeat_a_response_are_for_servers_that_write() -> None:
     writes = replace(recipe, rollouts=replace(recipe.rollouts, student_prefix_frac=constant(0.5)))
     assert deterministic(writes) == (True, True)
     assert deterministic(replace(writes, servers=ServersConfig(deterministic=False))) == (False, False)
+
+
+def test_only_a_scoring_teacher_is_asked_for_hidden_states() -> None:
+    """Flag and variable are on the teacher's server where its transport says so, and where it scores at all."""
+    recipe = all_recipes()["qwen3.b8_from_32b_4x8_4096"]()
+    hidden = replace(recipe, teacher=replace(recipe.teacher, transport="sglang_hidden"))
+
+    def flagged(config: RunConfig, role: str) -> bool:
+        spec = replace(server_spec(config, role, 0, "h"), device="cuda", port=1)
+        to_run = command(spec)
+        has_flag = "--enable-return-hidden-states" in to_run.argv
+        assert has_flag == (to_run.env.items() >= HIDDEN_STATES_ENV.items())
+        return has_flag
+
+    assert flagged(hidden, "teacher") and not flagged(hidden, "student")
+    assert not flagged(recipe, "teacher")
+    assert not flagged(replace(hidden, distill=replace(hidden.distill, weight=0.0)), "teacher")
 
 
 def test_fp32_on_a_gpu_is_served_by_kernels_that_know_it(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,12 @@
 """Made-up samples of every kind, which are a function of the step alone."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 
-from megatron_distill.types import Rollout, Sample, TopKSignal
+from megatron_distill.types import HiddenSignal, Rollout, Sample, TopKSignal
 
 STOP_TOKEN_IDS = (0, 1)
 
@@ -44,3 +48,20 @@ def make_samples(step: int, count: int, vocab_size: int, *, top_k: int | None = 
         )
         samples.append(Sample(rollout, None if index % 5 == 4 else signal, advantage=float(rng.normal())))
     return samples
+
+
+def with_hidden_states(samples: Sequence[Sample], path: str | Path) -> list[Sample]:
+    """The same samples, each with what transformers' model in ``path`` gives its output layer, as a server would send it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    scored = []
+    for sample in samples:
+        prompt, response = sample.rollout.prompt_ids, sample.rollout.response_ids
+        with torch.no_grad():
+            hidden_RH = model.model(torch.tensor([prompt + response])).last_hidden_state[0, len(prompt) - 1 : -1]
+            logprobs_RV = torch.log_softmax(model.lm_head(hidden_RH), dim=-1)
+        token_logprobs = logprobs_RV[torch.arange(len(response)), response].numpy()
+        scored.append(replace(sample, signal=HiddenSignal(token_logprobs, hidden_RH.numpy().copy())))
+    return scored

@@ -21,7 +21,7 @@ from megatron_distill.models.vocabulary import Vocabulary
 from megatron_distill.rollouts.source import Collected, Share
 from megatron_distill.runs.run_folder import RunFolder
 from megatron_distill.training.leader import Leader
-from tests.support.samples import STOP_TOKEN_IDS, make_samples
+from tests.support.samples import STOP_TOKEN_IDS, make_samples, with_hidden_states
 
 TOP_K = 8
 
@@ -51,6 +51,8 @@ class MadeUpLeader(Leader):
 
     def take(self, step: int, share: Share, horizon_tokens: int) -> Collected:
         samples = make_samples(step, self._config.rollouts_per_step, self._vocab_size, top_k=TOP_K)
+        if self._config.teacher.sends_hidden_states:
+            samples = with_hidden_states(samples, self._config.teacher.path)
         per_replica = len(samples) // share.size
         return Collected(samples[share.rank * per_replica : (share.rank + 1) * per_replica], {"rollout_s": 0.0})
 
