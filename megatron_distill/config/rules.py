@@ -86,11 +86,6 @@ def problems_of(config: RunConfig) -> list[str]:
         "a tail bucket cannot be re-tempered, so a server's top-k scores hold at temperature 1 only. "
         "Set it to 1, or set teacher.transport=sglang_hidden or in_process.",
     )
-    rule(
-        not config.teacher.in_trainer or config.student.parallel.pp == 1,
-        "student.parallel.pp",
-        "the in-process teacher runs without a pipeline. Set student.parallel.pp=1, or teacher.transport=sglang_hidden.",
-    )
     _layer_rules(config, rule)
     _teacher_rules(config, rule)
     share = config.student.parallel.dp * config.micro_batch_rollouts
@@ -345,11 +340,6 @@ def _component_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) 
         f"rollouts.top_p = {config.rollouts.top_p} and rollouts.top_k = {config.rollouts.top_k} cut off the tail of what is "
         "sampled, while the policy gradient takes log-probs of the whole distribution: a bias that no metric shows. Set "
         "rollouts.top_p=1 and rollouts.top_k=-1, or rl.weight=0.",
-    )
-    rule(
-        not rl.reference_kl_coef or config.student.parallel.pp == 1,
-        "rl.reference_kl_coef",
-        "the reference model runs beside the student without a pipeline. Set student.parallel.pp=1, or the coefficient to 0.",
     )
 
 

@@ -46,6 +46,11 @@ def layout_problems(config: RunConfig, models: dict[str, HfConfig]) -> list[str]
                 f"student.parallel.tp = {tp}: the in-process teacher is sharded like the student, and its heads or channels "
                 "do not divide by it. Choose another size, or teacher.transport=sglang_hidden."
             )
+        if teacher.num_layers < pp:
+            problems.append(
+                f"student.parallel.pp = {pp}: the in-process teacher lies on as many stages, and has only {teacher.num_layers} "
+                "layers. Lower it, or set teacher.transport=sglang_topk."
+            )
     return problems
 
 

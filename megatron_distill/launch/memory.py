@@ -169,7 +169,7 @@ def trainer_memory(config: RunConfig, student: HfConfig, teacher: HfConfig | Non
         frozen_models["reference"] = student
     beside = dict(frozen_models)
     for name, model in frozen_models.items():
-        frozen = sum(rank_parameters(model, replace(parallel, pp=1, vpp=1)))
+        frozen = sum(rank_parameters(model, replace(parallel, vpp=1)))
         yield Part(f"{name} weights", frozen * size, f"{frozen:,} parameters a rank x {size} B, no gradients")
     if teacher is not None and config.distill.weight > 0 and config.teacher.sends_hidden_states:
         beside["teacher"], width = teacher, teacher.hidden_size

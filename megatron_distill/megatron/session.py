@@ -181,11 +181,13 @@ class _Live:
             ),
             config.rollouts.temperature,
         )
+        teacher = _teacher(session, ranks, device) if config.distill.weight else None
+        reference = _frozen(session, config.student.path, device) if config.rl.reference_kl_coef else None
         self.forward_step = make_forward_step(
             ChunkedHead(objective, config.head_chunk_tokens),
             packed_kernels=session.backend.packed_kernels,
-            teacher=_teacher(session, ranks, device) if config.distill.weight else None,
-            reference=_frozen(session, config.student.path, device) if config.rl.reference_kl_coef else None,
+            teacher=teacher,
+            reference=reference,
             record=step_sums.add,
         )
         feed = StepFeed(
@@ -206,6 +208,9 @@ class _Live:
                 cp_size=config.student.parallel.cp,
             ),
             num_chunks=len(session.chunks),
+            show=lambda batches: [
+                one.read(batches) for one in (teacher, reference) if isinstance(one, InProcessTeacher)
+            ],
         )
         self.kept = Kept(config, folder, ranks, session.save)
         self.cycle = Cycle(

@@ -86,6 +86,7 @@ class StepFeed:
         asks_teacher: bool,
         packing: Packing,
         num_chunks: int = 1,
+        show: Callable[[Sequence[MicroBatch]], object] | None = None,
     ) -> None:
         """Fill nothing yet.
 
@@ -98,10 +99,12 @@ class StepFeed:
             asks_teacher: samples come with scores, some of which may be missing.
             packing: of samples into micro-batches.
             num_chunks: of the model on this rank, in an interleaved pipeline.
+            show: shown this rank's micro-batches on all ranks at once: what must pass through a pipeline before the student's.
         """
         self._ranks, self._take, self._components, self._packing = ranks, take, components, packing
         self._reverse_kl_weight = reverse_kl_weight
         self._scored_in_trainer, self._asks_teacher = scored_in_trainer, asks_teacher
+        self._show = show
         self._queues: list[deque[StepBatch]] = [deque() for _ in range(num_chunks)]
         self.num_micro_batches = 0
         """Of the step that was prepared last, the same on all ranks."""
@@ -134,6 +137,8 @@ class StepFeed:
             sequence_multiple=sequence_multiple(packing.cp_size),
         )
         own = [batch.of_context_rank(packing.cp_rank, packing.cp_size).to(packing.device) for batch in batches]
+        if self._show is not None:
+            self._show(own)
         step_batches = [StepBatch(batch, plan) for batch in own]
         self.num_micro_batches = len(step_batches)
         for queue in self._queues:

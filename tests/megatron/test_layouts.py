@@ -23,6 +23,7 @@ LAYOUTS = {
     "tp2_one_micro_batch": {"student.parallel.tp": 2, "micro_batch_rollouts": 20},
     "in_process_tp1": {"teacher.transport": "in_process"},
     "in_process_tp2": {"teacher.transport": "in_process", "student.parallel.tp": 2},
+    "in_process_pp2": {"teacher.transport": "in_process", "student.parallel.pp": 2},
 }
 
 
