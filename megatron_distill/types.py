@@ -23,7 +23,7 @@ Author = Literal["student", "teacher", "data"]
 """Who wrote a response."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a run holds millions
 class Message:
     """One turn of a chat, as chat templates know it."""
 
@@ -31,7 +31,7 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a run holds millions
 class Problem:
     """A prompt with a known answer.
 

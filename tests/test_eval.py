@@ -10,7 +10,7 @@ import pytest
 from megatron_distill.recipes.tiny import MODELS, quickstart
 
 from megatron_distill import config as config_module
-from megatron_distill.errors import ConfigError, ServerError
+from megatron_distill.errors import CheckpointError, ConfigError, ServerError
 from megatron_distill.evaluate import command
 from megatron_distill.evaluate.command import Resumable
 from megatron_distill.runs.run_folder import RunFolder
@@ -74,7 +74,7 @@ def test_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     folder.hf.mkdir()
     end = task(str(folder.root), "", None, (), None, "")
     assert (end.directory, end.step, end.out) == (folder.hf, 9, folder.evals / "heldout.json")
-    with pytest.raises(ConfigError, match=r"--step = 4: no checkpoint of it. Kept are none"):
+    with pytest.raises(CheckpointError, match=r"--step = 4: the run holds no checkpoint of it \(there: none\)"):
         task(str(folder.root), "", None, (), 4, "")
     (folder.checkpoints / "iter_0000004").mkdir(parents=True)
     middle = task(str(folder.root), "", None, (), 4, "")

@@ -137,10 +137,10 @@ def test_a_teacher_that_runs_elsewhere_scores(tmp_path: Path, monkeypatch: pytes
     folder = RunFolder(tmp_path / "run")
     assert not list(folder.logs.glob("teacher*"))
     assert [step["missing_teacher_frac"] for step in folder.steps()] == [0, 0]
-    written = b"".join(
-        path.read_bytes() for path in folder.root.rglob("*") if path.suffix in (".json", ".jsonl", ".html")
-    )
-    assert elsewhere.key.encode() not in written
+    written = [path for path in folder.root.rglob("*") if path.is_file()]
+    assert {".json", ".jsonl", ".html", ".log", ".out"} <= {path.suffix for path in written}
+    assert [path for path in written if elsewhere.key.encode() in path.read_bytes()] == []
+    assert elsewhere.key not in output
 
 
 @pytest.mark.long

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_distill import config as config_module
 from megatron_distill.config import SERVER_RESERVED_TOKENS, SERVING_DTYPES, DataConfig, EvalConfig, RunConfig
+from megatron_distill.convert.export import checkpoint_of
 from megatron_distill.convert.hf_files import HfDirectory
 from megatron_distill.convert.offline import megatron_to_hf
 from megatron_distill.errors import ConfigError
@@ -26,7 +27,6 @@ from megatron_distill.rewards import load_reward
 from megatron_distill.rollouts.prompts import PromptSet, load_prompt_set
 from megatron_distill.rollouts.records import parse_place
 from megatron_distill.runs import marks
-from megatron_distill.runs.checkpoints import directory_of, steps_on_disk
 from megatron_distill.runs.console import evaluation_line
 from megatron_distill.runs.run_folder import RunFolder, read_json
 from megatron_distill.sglang.client import SGLangClient
@@ -95,6 +95,7 @@ def evaluate_model(
 
     Raises:
         ConfigError: if something is neither given nor told by a run folder.
+        CheckpointError: the run holds no checkpoint of ``step``.
         ServerError: if a server does not start.
     """
     task = _task(model, problems, out, overrides, step, set_name)
@@ -142,10 +143,7 @@ def _task(
     if step == 0:
         directory = Path(config.student.path)
     elif step is not None:
-        checkpoint = directory_of(folder, step)
-        if not checkpoint.is_dir():
-            kept = ", ".join(map(str, steps_on_disk(folder))) or "none"
-            raise ConfigError(f"--step = {step}: no checkpoint of it. Kept are {kept}.")
+        checkpoint = checkpoint_of(folder, step)
     if checkpoint is None and not directory.is_dir():
         kept_hint = ", or a checkpoint of this one with --step" if is_run else ""
         raise ConfigError(

@@ -11,6 +11,7 @@ counts them. Nothing is ever left out without a count: that would change what is
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -181,7 +182,8 @@ def _problem(where: str, index: int, record: Record, source: Source, answer_of: 
         messages = (*messages[:-1], replace(last, content=f"{last.content}\n\n{source.instruction}"))
     if source.system_prompt and messages[0].role != "system":
         messages = (Message("system", source.system_prompt), *messages)
-    return Problem(str(record.get("id", index)), messages, answer, solution, dict(record))
+    columns = {sys.intern(name): value for name, value in record.items()}  # one copy of each name, not one a record
+    return Problem(str(record.get("id", index)), messages, answer, solution, columns)
 
 
 def _read_messages(where: str, record: Record, prompt_key: str) -> tuple[Message, ...]:

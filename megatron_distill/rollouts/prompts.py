@@ -257,7 +257,7 @@ def encode_prompts(
 
 def _check_prompt(ids: list[int], problem: Problem, data: DataConfig) -> None:
     """Whether what a builder returned is a prompt."""
-    if isinstance(ids, list) and ids and all(isinstance(one, int) for one in ids):
+    if isinstance(ids, list) and set(map(type, ids)) == {int}:
         return
     if ids == [] and data.prompt_builder == "chat":
         raise BadRow(

@@ -166,13 +166,17 @@ def _json(path: Path) -> Iterator[tuple[str, Record | BadRow]]:
 
 
 def _parse(text: bytes) -> Any:
-    value = json.loads(text.decode("utf-8"), parse_constant=_no_number)
-    json.dumps(value, ensure_ascii=False).encode("utf-8")  # which half a character is not
+    value = _DECODER.decode(text.decode("utf-8"))
+    if b"\\u" in text:  # which half a character may hide behind, and UTF-8 does not hold
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number)
 
 
 def _as_record(where: str, value: Any, remedy: str) -> Record | BadRow:
