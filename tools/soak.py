@@ -4,7 +4,7 @@
     python tools/soak.py FOLDER --figure soak.svg
 
 Every five seconds a line is added to FOLDER/soak.jsonl. At the end, the growth of each process from the warm-up's end to the
-last step is printed; memory is the proportional share of what is resident (PSS), so that pages held in common count once.
+last step is printed; memory is what a process alone holds (USS), which no neighbour changes that comes, goes or shares pages.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def _processes(launcher: int) -> Iterator[dict[str, Any]]:
                 yield {
                     "pid": process.pid,
                     "name": _name(process.cmdline()),
-                    "memory_mib": process.memory_full_info().pss / 2**20,
+                    "memory_mib": process.memory_full_info().uss / 2**20,
                     "threads": process.num_threads(),
                     "files": process.num_fds(),
                 }
@@ -110,8 +110,9 @@ def _disk_mib(folder: Path) -> float:
 
 
 def by_name(root: Path, measure: str) -> dict[str, Series]:
-    """The curve of each kind of process; those that lived through the run only, several of a kind together."""
-    records = list(read_lines(root / "soak.jsonl"))
+    """The curve of each kind of process that lived as long as steps were made; several of a kind together."""
+    every = list(read_lines(root / "soak.jsonl"))
+    records = [record for record in every if 0 < record["step"] < every[-1]["step"]]
     steps = np.array([record["step"] for record in records], dtype=float)
     seen: dict[str, list[float]] = {}
     for index, record in enumerate(records):
@@ -153,9 +154,8 @@ def table(root: Path) -> str:
 
 
 def _after_warm_up(series: Series) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values after the warm-up and before the end, where processes go."""
-    last = series.steps.max()
-    kept = (series.steps >= WARM_UP_FRAC * last) & (series.steps < last) & ~np.isnan(series.values)
+    """Steps and values after the warm-up."""
+    kept = (series.steps >= WARM_UP_FRAC * series.steps.max()) & ~np.isnan(series.values)
     return series.steps[kept], series.values[kept]
 
 
