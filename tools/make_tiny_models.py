@@ -12,7 +12,8 @@ shape and are pre-trained here from scratch, deterministically, by a plain torch
   which a share of the steps is wrong, and ends with ``<|endoftext|>``, as base models do. It is undertrained rather
   than incapable: it makes mistakes at temperature 1 that a good teacher can teach it not to make.
 
-Held-out problems are never trained on. The held-out accuracies are printed and stored in ``accuracy.json``.
+Held-out problems are never trained on. The held-out accuracies are printed and stored in ``accuracy.json``. What does not
+depend on the task is used by ``make_recall_models.py`` too.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from megatron_distill.recipes.tiny_task import (
     TRAIN_SEED,
-    ChainProblem,
     held_out_problems,
     sample_problems,
     write_jsonl,
@@ -38,6 +40,8 @@ from megatron_distill.recipes.tiny_task import (
 )
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_distill.rewards.math_verifier import last_boxed
 
 VOCAB_SIZE = 384
 CONTEXT_TOKENS = 512
@@ -54,9 +58,18 @@ CHAT_TEMPLATE = (
 )
 
 
+class Problem(Protocol):
+    """A task's problem, as far as pre-training must know it."""
+
+    @property
+    def answer(self) -> int: ...
+
+    def prompt(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Role:
-    """What sets one of the two models apart: its shape, its corpus, its stop token, its schedule."""
+    """What sets one of the models apart: its shape, its stop token, who writes its corpus, its schedule."""
 
     name: str
     hidden_size: int
@@ -65,15 +78,18 @@ class Role:
     num_heads: int
     tie_embeddings: bool
     stop_token: str
-    error_rate_frac: float
+    write: Callable[[Any, random.Random], str]
     num_steps: int
     batch_size: int
     peak_lr: float
     seed: int
+    initial_std: float = 0.02
 
 
-TEACHER = Role("teacher", 128, 256, 4, 4, False, IM_END, 0.0, 2200, 16, 3e-3, seed=11)
-STUDENT = Role("student", 64, 192, 2, 2, True, END_OF_TEXT, 0.15, 2500, 16, 4e-3, seed=12)
+TEACHER = Role("teacher", 128, 256, 4, 4, False, IM_END, write_solution, 2200, 16, 3e-3, seed=11)
+STUDENT = Role(
+    "student", 64, 192, 2, 2, True, END_OF_TEXT, partial(write_solution, error_rate_frac=0.15), 2500, 16, 4e-3, seed=12
+)
 
 
 def train_tokenizer() -> Tokenizer:
@@ -118,7 +134,7 @@ def build_model(role: Role, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausa
     """Builds a freshly initialised model; every dimension divides by 2, so that tensor parallelism of 2 works."""
     torch.manual_seed(role.seed)
     config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=len(tokenizer),
         hidden_size=role.hidden_size,
         intermediate_size=role.intermediate_size,
         num_hidden_layers=role.num_layers,
@@ -128,6 +144,7 @@ def build_model(role: Role, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausa
         max_position_embeddings=CONTEXT_TOKENS,
         rope_theta=10000.0,
         tie_word_embeddings=role.tie_embeddings,
+        initializer_range=role.initial_std,
         bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids(role.stop_token),
         pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
@@ -135,19 +152,19 @@ def build_model(role: Role, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausa
     return Qwen3ForCausalLM(config).float()
 
 
-def prompt_text(problem: ChainProblem) -> str:
+def prompt_text(problem: Problem) -> str:
     return f"{IM_START}user\n{problem.prompt()}{IM_END}\n{IM_START}assistant\n"
 
 
 Example = tuple[list[int], int]  # token ids, and how many of them are the prompt
 
 
-def encode_examples(role: Role, tokenizer: Tokenizer, seed: int) -> Iterator[Example]:
-    """Yields training examples without end: prompt, solution, stop token."""
-    rng = random.Random(seed)
-    for problem in sample_problems(seed):
+def encode_examples(role: Role, tokenizer: Tokenizer, problems: Iterator[Problem]) -> Iterator[Example]:
+    """Yields a training example for each problem: prompt, solution, stop token."""
+    rng = random.Random(role.seed)
+    for problem in problems:
         prompt_ids = tokenizer.encode(prompt_text(problem)).ids
-        solution = write_solution(problem, rng, role.error_rate_frac)
+        solution = role.write(problem, rng)
         yield prompt_ids + tokenizer.encode(solution + role.stop_token).ids, len(prompt_ids)
 
 
@@ -172,10 +189,10 @@ def batches(examples: Iterator[Example], batch_size: int, seed: int) -> Iterator
             yield input_ids, labels
 
 
-def pretrain(role: Role, model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
-    """Trains with AdamW, 2% warm-up and a cosine decay to zero; prints a line every 100 steps."""
+def pretrain(role: Role, model: Qwen3ForCausalLM, tokenizer: Tokenizer, problems: Iterator[Problem]) -> None:
+    """Trains on solutions of ``problems`` with AdamW, 2% warm-up and a cosine decay to zero; prints a line every 100 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=role.peak_lr, betas=(0.9, 0.95), weight_decay=0.01)
-    stream = batches(encode_examples(role, tokenizer, role.seed), role.batch_size, role.seed)
+    stream = batches(encode_examples(role, tokenizer, problems), role.batch_size, role.seed)
     model.train()
     started, warmup = time.monotonic(), max(1, role.num_steps // 50)
     for step in range(role.num_steps):
@@ -198,39 +215,74 @@ def pretrain(role: Role, model: Qwen3ForCausalLM, tokenizer: Tokenizer) -> None:
 
 
 @torch.no_grad()
-def measure_accuracy(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[ChainProblem], sample: bool
-) -> float:
-    """Returns the share of responses that end in the right box: at temperature 1 if ``sample``, else greedy."""
+def respond(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    sample: bool,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Returns a response's token ids to each problem, at temperature 1 if ``sample``, else greedy; no stop token where cut."""
     model.eval()
     torch.manual_seed(0)
     tokenizer.padding_side = "left"
     batch = tokenizer([prompt_text(p) for p in problems], return_tensors="pt", padding=True, add_special_tokens=False)
+    stops = tokenizer.convert_tokens_to_ids(STOP_TOKENS)
     generated = model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        max_new_tokens=220,
+        max_new_tokens=max_new_tokens,
         **({"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {"do_sample": False}),
-        eos_token_id=tokenizer.convert_tokens_to_ids(STOP_TOKENS),
+        eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
     )
-    texts = tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    right = [text.endswith(f"\\boxed{{{p.answer}}}.") for text, p in zip(texts, problems, strict=True)]
-    return sum(right) / len(right)
+    responses = generated[:, batch["input_ids"].shape[1] :].tolist()
+    ends = [next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids)) for ids in responses]
+    return [ids[:end] for ids, end in zip(responses, ends, strict=True)]
 
 
-def make_model(role: Role, tokenizer: Tokenizer, out: Path, held_out: list[ChainProblem]) -> dict[str, float]:
-    """Pre-trains one model, rounds it to bfloat16, measures what was rounded, and saves it under ``out``."""
+def accuracy_of(
+    tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], responses: Sequence[list[int]]
+) -> float:
+    """Returns the share of responses whose last box holds the answer."""
+    boxes = [last_boxed(text) for text in tokenizer.batch_decode(list(responses), skip_special_tokens=True)]
+    return sum(box is not None and box.strip() == str(p.answer) for box, p in zip(boxes, problems, strict=True)) / len(
+        problems
+    )
+
+
+def measure_accuracy(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], sample: bool
+) -> float:
+    """Returns the share of responses, of up to 220 tokens, that end in the right box."""
+    return accuracy_of(tokenizer, problems, respond(model, tokenizer, problems, sample, max_new_tokens=220))
+
+
+def make_model(role: Role, tokenizer: Tokenizer, out: Path, held_out: Sequence[Problem]) -> dict[str, float]:
+    """Pre-trains one model, measures it, and saves it under ``out``."""
     wrapped = wrap_tokenizer(tokenizer, role.stop_token)
-    model = build_model(role, wrapped)
-    print(f"{role.name}: {model.num_parameters():,} parameters", flush=True)
-    pretrain(role, model, tokenizer)
-    model = model.bfloat16().float()
+    model = trained_model(role, wrapped, tokenizer, sample_problems(role.seed))
     accuracy = {
         "greedy": measure_accuracy(model, wrapped, held_out, sample=False),
         "temperature_1": measure_accuracy(model, wrapped, held_out, sample=True),
     }
     print(f"{role.name}: held-out accuracy {accuracy}", flush=True)
+    save_model(role, model, wrapped, out)
+    return accuracy
+
+
+def trained_model(
+    role: Role, wrapped: PreTrainedTokenizerFast, tokenizer: Tokenizer, problems: Iterator[Problem]
+) -> Qwen3ForCausalLM:
+    """Pre-trains one model and rounds it to bfloat16, as it will be saved."""
+    model = build_model(role, wrapped)
+    print(f"{role.name}: {model.num_parameters():,} parameters", flush=True)
+    pretrain(role, model, tokenizer, problems)
+    return model.bfloat16().float()
+
+
+def save_model(role: Role, model: Qwen3ForCausalLM, wrapped: PreTrainedTokenizerFast, out: Path) -> None:
+    """Saves weights, config and tokenizer as a Hugging Face directory ``out/NAME``."""
     model.generation_config = GenerationConfig(
         # Its own first; each also stops on the other's.
         eos_token_id=wrapped.convert_tokens_to_ids(sorted(STOP_TOKENS, key=lambda token: token != role.stop_token)),
@@ -240,7 +292,6 @@ def make_model(role: Role, tokenizer: Tokenizer, out: Path, held_out: list[Chain
     )
     model.bfloat16().save_pretrained(out / role.name)
     wrapped.save_pretrained(out / role.name)
-    return accuracy
 
 
 def main() -> None:
