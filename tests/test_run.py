@@ -143,6 +143,32 @@ def test_a_teacher_that_runs_elsewhere_scores(tmp_path: Path, monkeypatch: pytes
     assert elsewhere.key not in output
 
 
+def test_hidden_states_from_a_server_teach_what_the_teacher_in_the_trainer_does(tmp_path: Path) -> None:
+    """A teacher of another width on a real server, its output layer over two ranks: loss, gradient and every metric of the
+    first step are those of the whole teacher beside the student, to rounding, from the cache too, which then does not grow."""
+    small = ("num_steps=1", "student.parallel.tp=2", "distill.divergence=jsd")
+    served = (*small, "teacher.transport=sglang_hidden", f"teacher.cache_dir={tmp_path / 'cache'}")
+    steps = {}
+    for name, overrides in (
+        ("in_process", (*small, "teacher.transport=in_process")),
+        ("served", served),
+        ("cached", served),
+    ):
+        code, output = run(tmp_path / name, *overrides)
+        assert code == 0, output
+        (steps[name],) = RunFolder(tmp_path / name).steps()
+        written = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.data"))
+        assert (written > 0) == (name != "in_process")
+        steps[name]["cache_bytes"] = written
+    assert steps["cached"]["cache_bytes"] == steps["served"]["cache_bytes"]
+    for name in ("served", "cached"):
+        assert steps[name]["teacher_gap_nats"] < 1e-4
+        assert steps[name]["missing_teacher_frac"] == 0
+        for metric, value in steps["in_process"].items():
+            if metric.endswith(("_nats", "_mass", "_tokens")) or metric in ("loss", "grad_norm"):
+                assert steps[name][metric] == pytest.approx(value, rel=1e-3, abs=1e-5), (name, metric)
+
+
 @pytest.mark.long
 def test_interrupted_run_stops_everything_and_resumes(tmp_path: Path) -> None:
     """Ctrl-C ends all processes with code 130 and keeps the checkpoint; the same command goes on from there."""

@@ -20,6 +20,7 @@ from typing import Any
 from megatron_distill.config import RolloutConfig, RunConfig
 from megatron_distill.errors import DistillError
 from megatron_distill.launch.threads import num_cores, threads_of
+from megatron_distill.sglang import hidden_states
 
 PACKAGES = {
     "torch": "torch",
@@ -154,6 +155,8 @@ def diagnose() -> str:
         f"  launch               {'NeMo-Run local' if by_name['nemo-run'].version else 'pip install .[launch]'}"
         + (", Slurm" if shutil.which("sbatch") else "; no sbatch on the path"),
     ]
+    if not hidden_states.is_installed():
+        lines.append("  hidden states        SGLang does not find their hook: install this package again (make setup)")
     if has_gpu and not ctypes.util.find_library("ibverbs"):
         lines.append(
             "  between nodes        NCCL finds no libibverbs and will use TCP: install libibverbs1, ibverbs-providers"

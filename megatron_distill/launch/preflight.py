@@ -20,6 +20,7 @@ from megatron_distill.rollouts.prompts import load_prompt_set, load_training_set
 from megatron_distill.rollouts.solutions import check_solutions
 from megatron_distill.runs import marks, trackers
 from megatron_distill.runs.run_folder import HELDOUT, RunFolder
+from megatron_distill.sglang import hidden_states
 from megatron_distill.teacher import problems_of_urls, teacher_prompts
 from megatron_distill.training.leader import check_functions
 
@@ -54,6 +55,11 @@ def check(config: RunConfig, folder: RunFolder | None = None) -> None:
             problems.append(str(error))
     problems += trackers.problems(config)
     problems += _flag_problems(config)
+    if config.teacher.sends_hidden_states and not hidden_states.is_installed():
+        problems.append(
+            "teacher.transport = sglang_hidden: SGLang does not find the hook that sends hidden states among its entry points. "
+            "The package was installed before it had one. Install it again: pip install -e . (or make setup)."
+        )
     if not problems:
         problems += layout_problems(config, models)
         problems += _model_problems(config, models)

@@ -18,6 +18,7 @@ Importing this module is cheap and imports neither torch nor SGLang: SGLang load
 from __future__ import annotations
 
 import base64
+import importlib.metadata
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,12 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(_HOOKED, keep_response_rows, HookType.AROUND)
+
+
+def is_installed() -> bool:
+    """Whether SGLang finds the hook here: an installation from before there was one does not offer it."""
+    offered = importlib.metadata.entry_points(group="sglang.srt.plugins")
+    return any(entry.value == f"{__name__}:{register.__name__}" for entry in offered)
 
 
 _chunks: WeakKeyDictionary[Any, list[torch.Tensor]] = WeakKeyDictionary()

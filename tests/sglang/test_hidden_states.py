@@ -1,5 +1,9 @@
 """A served model's hidden states: the binary form on the wire, and what a real server sends, against transformers."""
 
+import ast
+import importlib.metadata
+import importlib.util
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,8 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron_distill.recipes import tiny
 
-from megatron_distill.errors import ServerError
+from megatron_distill import config as config_module
+from megatron_distill.errors import ConfigError, ServerError
+from megatron_distill.launch import preflight
 from megatron_distill.rollouts.batches import as_tensor
 from megatron_distill.sglang import hidden_states, wire
 from megatron_distill.sglang.server import ServerSpec, SGLangServer, command, running
@@ -140,14 +147,21 @@ def test_what_cannot_be_right_is_refused() -> None:
 
 def test_the_hook_has_its_place_and_only_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang still has the method with the arguments that the hook takes; a server that was not started for it gets none."""
-    import inspect
-
-    from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    theirs = inspect.signature(SchedulerBatchResultProcessor._append_prefill_hidden_states).parameters
+    module, name_of_class, name = hidden_states._HOOKED.rsplit(".", 2)
+    (root,) = importlib.util.find_spec("sglang").submodule_search_locations  # type: ignore[union-attr,misc]
+    source = Path(root).parent / f"{module.replace('.', '/')}.py"  # read, since its import takes long
+    (theirs,) = (
+        method.args
+        for node in ast.parse(source.read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == name_of_class
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name == name
+    )
     ours = inspect.signature(hidden_states.keep_response_rows).parameters
-    assert list(ours)[2:] == list(theirs)[1:]
+    assert list(ours)[2:] == [argument.arg for argument in theirs.kwonlyargs]
+    assert [argument.arg for argument in theirs.args] == ["self"]
     monkeypatch.setattr(HookRegistry, "_hooks", {hidden_states._HOOKED: []})
     hidden_states.register()
     assert HookRegistry._hooks[hidden_states._HOOKED] == []
@@ -156,6 +170,17 @@ def test_the_hook_has_its_place_and_only_where_it_was_asked_for(monkeypatch: pyt
         monkeypatch.setenv(name, value)
     hidden_states.register()
     assert len(HookRegistry._hooks[hidden_states._HOOKED]) == 1
+
+
+def test_an_installation_without_the_hook_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang finds hooks by entry points, which an older installation lacks: the run is refused with the remedy. This
+    installation has it."""
+    assert hidden_states.is_installed()
+    config = config_module.with_overrides(tiny.quickstart(), ["teacher.transport=sglang_hidden"])
+    preflight.check(config)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    with pytest.raises(ConfigError, match=r"teacher\.transport = sglang_hidden: .*Install it again"):
+        preflight.check(config)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
