@@ -34,6 +34,24 @@ def train(config: RunConfig, vocabulary: Vocabulary) -> PromptSet:
     return load_prompt_set(config.data.train_path, config.data, vocabulary.tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], "says its 64 likeliest tokens, from its servers; teacher.tail = bucket"),
+        (["teacher.transport=sglang_hidden"], "its whole distribution: hidden states from its servers"),
+        (["teacher.transport=in_process"], "its whole distribution, beside the student"),
+        (["distill.weight=0", "sft.weight=1", "rollouts.student_prefix_frac=0", "rollouts.off_policy_source=data"], ""),
+    ],
+)
+def test_what_the_loss_knows_of_the_teacher_is_told(
+    overrides: list[str], told: str, config: RunConfig, train: PromptSet, vocabulary: Vocabulary
+) -> None:
+    """Its likeliest tokens or its whole distribution, and from where; nothing where no loss asks it."""
+    text = show_problems(with_overrides(config, overrides), train, vocabulary, 0, PLAIN)
+    line = next((line for line in text.splitlines() if line.startswith("teacher")), "")
+    assert told in line and bool(told) == bool(line)
+
+
 def test_the_tokens_of_the_first_problem_are_shown_and_none_else(
     config: RunConfig, train: PromptSet, vocabulary: Vocabulary
 ) -> None:

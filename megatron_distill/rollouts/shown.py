@@ -67,8 +67,20 @@ def _overview(config: RunConfig, train: PromptSet, vocabulary: Vocabulary, style
         "responses": f"at most {_horizon(config)} tokens in step 1, ended by {stops}",
         **({"left out": "; ".join(train.notes)} if train.notes else {}),
         "learnt": "every token of a response, its stop token included; none of a prompt",
+        **({"teacher": _what_it_says(config)} if config.distill.weight else {}),
     }
     return "\n".join(f"{_bold(f'{name:<10}', style)} {fact}" for name, fact in facts.items())
+
+
+def _what_it_says(config: RunConfig) -> str:
+    """What the loss gets to know of the teacher's distribution at each learnt token."""
+    if config.teacher.in_trainer:
+        return "says its whole distribution, beside the student"
+    if config.teacher.sends_hidden_states:
+        return "says its whole distribution: hidden states from its servers, its output layer beside the student"
+    if ":" in config.teacher.transport:
+        return f"says what {config.teacher.transport} says"
+    return f"says its {config.teacher.num_logprobs} likeliest tokens, from its servers; teacher.tail = {config.teacher.tail}"
 
 
 def _problem(config: RunConfig, train: PromptSet, vocabulary: Vocabulary, index: int, place: int, style: Style) -> str:
