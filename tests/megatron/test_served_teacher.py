@@ -34,10 +34,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_as_in_the_trainer(outcome: Outcome, reference: Outcome) -> None:
-    """Steps, weights and every metric agree; what server and layer say of the same tokens is one metric more."""
+    """Steps, weights and every metric agree; what server and layer say of the same tokens is a metric more."""
     assert_same(outcome, reference)
     for ours, theirs in zip(outcome.steps, reference.steps, strict=True):
-        assert {name for name in ours.keys() ^ theirs.keys() if not name.endswith("_s")} <= {"teacher_gap_nats"}
+        only_ours = {"teacher_gap_nats", "missing_teacher_frac"}
+        assert {name for name in ours.keys() ^ theirs.keys() if not name.endswith("_s")} == only_ours
+        assert ours["missing_teacher_frac"] == 0
         assert ours["teacher_gap_nats"] < 1e-4
         for name in ("teacher_entropy_nats", "kl_first_quarter_nats", "kl_last_quarter_nats"):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-4), name
