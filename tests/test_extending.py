@@ -72,7 +72,7 @@ def drawn(config: RunConfig, folder: Path) -> Iterator[Step]:
     run.create()
     vocabulary = load_vocabulary(config.student.path, config.teacher.path, config.rollouts.stop_tokens)
     with fake(good) as server:
-        leader = Leader(config, run, Endpoints((server.url,), (), key=""), vocabulary)
+        leader = Leader(config, run, Endpoints({"student": (server.url,)}, key=""), vocabulary)
         try:
             yield Step(leader, leader.take(0, Share(0, 1), HORIZON_TOKENS))
         finally:

@@ -256,6 +256,37 @@ def test_a_run_in_flight_goes_on_after_a_kill_and_loses_no_step(tmp_path: Path) 
         assert sample["step"] - 1 - 2 <= int(spans[0][0]) <= int(spans[-1][0]) < sample["step"]
 
 
+def test_evaluations_beside_training_say_the_same_and_survive_a_kill(tmp_path: Path) -> None:
+    """On servers of their own evaluations have the very responses of those that training waits for, every one of them, also
+    where the run was killed in the middle of one; nothing is left of the weights that they were made of."""
+    options = ("num_steps=5", "save_every_steps=1", "evaluation.every_steps=2", "evaluation.num_problems=32")
+    options += ("optimizer.lr_decay=linear",)
+    waiting, beside = RunFolder(tmp_path / "waiting"), RunFolder(tmp_path / "beside")
+    code, output = run(waiting.root, *options)
+    assert code == 0, output
+    own = (*options, "servers.evaluation_replicas=1")
+    process = start(beside.root, *own)
+    wait_until(lambda: max(beside.steps_evaluating(), default=0) >= 2 or process.poll() is not None, "an evaluation")
+    process.kill()
+    process.communicate()
+    wait_until_none_names(str(beside.root))
+    code, output = run(beside.root, *own)
+    assert code == 0, output
+    for step in (0, 2, 4, 5):
+        ours, theirs = (read_json(folder.evaluation("heldout", step)) for folder in (beside, waiting))
+        assert ours["responses"] == theirs["responses"], step
+        entropy = ours["summary"].pop("entropy_nats"), ours["summary"].pop("entropy_gap_nats")
+        assert entropy == pytest.approx(
+            (theirs["summary"].pop("entropy_nats"), theirs["summary"].pop("entropy_gap_nats")), rel=1e-4, abs=1e-6
+        )
+        assert ours["summary"] == theirs["summary"], step
+    assert [step["step"] for step in beside.steps()] == [1, 2, 3, 4, 5]
+    rates = [step["lr"] for step in beside.steps()]
+    assert rates == [step["lr"] for step in waiting.steps()]
+    assert sorted(rates[1:], reverse=True) == rates[1:] and rates[-1] < 0.5 * max(rates)
+    assert not list(beside.evaluating.glob("*"))
+
+
 @pytest.mark.long
 def test_a_model_is_measured_on_its_own(tmp_path: Path) -> None:
     """``eval`` of the tiny teacher with a server of its own: a summary on the console and in the file, no process left."""

@@ -151,8 +151,14 @@ def test_a_resume_may_change_servers_places_and_cadences(override: str, may: boo
 def test_an_evaluation_that_would_freshen_rollouts_may_not_move(tmp_path: Path) -> None:
     """Weights reach the servers for an evaluation too: where they otherwise wait for more than a step, its cadence counts."""
     config = config_module.with_overrides(tiny.quickstart(), ["rollouts.sync_every_steps=4"])
-    moved = config_module.with_overrides(config, ["evaluation.every_steps=2"])
-    assert refused_changes(config, moved) == ["evaluation.every_steps"]
+    moved = config_module.with_overrides(config, ["evaluation.every_steps=2", "servers.evaluation_replicas=1"])
+    assert refused_changes(config, moved) == ["evaluation.every_steps", "servers.evaluation_replicas"]
+
+
+def test_a_rate_that_falls_to_the_end_keeps_its_end() -> None:
+    """The number of steps is free at a constant learning rate only."""
+    config = config_module.with_overrides(tiny.quickstart(), ["optimizer.lr_decay=cosine"])
+    assert refused_changes(config, config_module.with_overrides(config, ["num_steps=99"])) == ["num_steps"]
 
 
 def test_a_run_between_its_last_checkpoint_and_its_end_may_go_on(tmp_path: Path) -> None:

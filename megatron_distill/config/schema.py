@@ -189,8 +189,9 @@ class OptimizerConfig:
     """Megatron's Adam."""
 
     lr: float = plain(5e-7, "learning rate after warm-up", "(0, inf)")
-    warmup_frac: float = plain(
-        0.05, "share of the steps over which the rate rises from 0; constant afterwards", "[0, 1]"
+    warmup_frac: float = plain(0.05, "share of the steps over which the rate rises from 0", "[0, 1]")
+    lr_decay: Literal["constant", "linear", "cosine"] = plain(
+        "constant", "how the rate goes on after warm-up; linear, cosine: down to 0 at num_steps"
     )
     weight_decay: float = plain(0.0, "decoupled weight decay", "[0, inf)")
     adam_beta1: float = plain(0.9, "decay of the gradient's mean", "[0, 1)")
@@ -232,7 +233,13 @@ class ServersConfig:
         "teacher servers; 0 if teacher.transport is a function that needs none, e.g. for a teacher that runs elsewhere",
         "[0, 4096]",
     )
-    student_tp: int = plain(1, "tensor-parallel size of each student server", "[1, 4096]")
+    evaluation_replicas: int = plain(
+        0,
+        "servers of their own for evaluations, each like a student's; training goes on meanwhile. 0: the student's servers "
+        "answer, and training waits",
+        "[0, 4096]",
+    )
+    student_tp: int = plain(1, "tensor-parallel size of each student and evaluation server", "[1, 4096]")
     teacher_tp: int = plain(1, "tensor-parallel size of each teacher server", "[1, 4096]")
     deterministic: bool = plain(
         True,

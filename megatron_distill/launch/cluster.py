@@ -105,7 +105,7 @@ def task_script(group: Group, profile: ClusterProfile, folder: RunFolder) -> str
         "trap 'kill -TERM \"$role\"' TERM",
         'while wait "$role"; kill -0 "$role" 2>/dev/null; do :; done  # a signal ends a wait too',
     ]
-    if group.role in ("student", "teacher"):
+    if group.role not in ("trainer", "run"):
         lines.append("exit 1  # a server that ends before the trainer has failed, however politely")
     else:
         lines.append('wait "$role"; exit $?  # the shell remembers how it ended')

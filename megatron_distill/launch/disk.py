@@ -26,6 +26,8 @@ def disk(config: RunConfig, student: HfConfig) -> Iterator[Part]:
         yield Part("exports", (saved - 1) * weights, f"hf_steps/, one at each of {saved - 1} saves before the last")
     if config.uses_student_prefixes and config.servers.weight_sync == "disk":
         yield Part("weights on the way", 2 * weights, "sync/, two versions")
+    if config.servers.evaluation_replicas:
+        yield Part("weights evaluated", weights, "evaluating/, one step's at a time")
 
 
 def num_checkpoints(config: RunConfig) -> tuple[int, int]:
@@ -43,6 +45,6 @@ def num_checkpoints(config: RunConfig) -> tuple[int, int]:
 
 def bytes_to_come(config: RunConfig, student: HfConfig, folder: RunFolder) -> float:
     """What a run's folder will need beyond what is in it."""
-    places = (folder.checkpoints, folder.hf, folder.hf_best, folder.hf_step(0).parent, folder.sync)
+    places = (folder.checkpoints, folder.hf, folder.hf_best, folder.hf_step(0).parent, folder.sync, folder.evaluating)
     there = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
     return max(sum(part.num_bytes for part in disk(config, student)) - there, 0)

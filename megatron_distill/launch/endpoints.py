@@ -74,7 +74,7 @@ def key_of(folder: RunFolder) -> str:
 
 
 def announce(folder: RunFolder, role: str, index: int, url: str) -> None:
-    """Say where replica ``index`` of ``role`` ("student", "teacher") listens."""
+    """Say where replica ``index`` of ``role`` ("student", "teacher", "evaluation") listens."""
     directory = folder.root / "endpoints"
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / f"{role}-{index}.json", {"url": url})

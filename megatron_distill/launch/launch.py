@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from megatron_distill import config as config_module
 from megatron_distill.config import RunConfig
@@ -43,12 +43,22 @@ ROLE_ENV = {
 }
 
 
+MODEL_OF: dict[str, Literal["student", "teacher"]] = {
+    "student": "student",
+    "teacher": "teacher",
+    "evaluation": "student",
+}
+"""Whose model the servers of a role hold, and whose ``servers.*_tp`` and flags are theirs."""
+
+
 def server_groups(config: RunConfig) -> dict[str, tuple[int, int]]:
     """``{role: (replicas, tensor-parallel size of each)}`` of the SGLang servers that a run needs."""
     servers = config.servers
     groups = {"student": (servers.student_replicas, servers.student_tp)}
     if config.needs_teacher_server:
         groups["teacher"] = (servers.teacher_replicas, servers.teacher_tp)
+    if servers.evaluation_replicas:
+        groups["evaluation"] = (servers.evaluation_replicas, servers.student_tp)
     return groups
 
 

@@ -32,6 +32,8 @@ def layout_problems(config: RunConfig, models: dict[str, HfConfig]) -> list[str]
         config.student.parallel, models, teacher_in_trainer=config.teacher.in_trainer and "teacher" in models
     )
     for role, (_, tp) in server_groups(config).items():
+        if role == "evaluation":  # as the student's
+            continue
         heads, groups = models[role].num_attention_heads, models[role].num_query_groups
         if heads % tp or (groups % tp and tp % groups):
             problems.append(

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_distill.config import RunConfig
 from megatron_distill.errors import ConfigError
-from megatron_distill.launch.launch import num_gpus, server_groups
+from megatron_distill.launch.launch import MODEL_OF, num_gpus, server_groups
 
 _WORD = re.compile(r"[A-Za-z0-9._,-]+")
 _IMAGE = re.compile(r"[A-Za-z0-9._,:/@#+=*-]*")
@@ -178,7 +178,7 @@ class Group:
     """One role's share of a job.
 
     Attributes:
-        role: "trainer", "student", "teacher", or "run" for a whole run on one node.
+        role: "trainer", "student", "teacher", "evaluation", or "run" for a whole run on one node.
         num_nodes: nodes it takes.
         tasks_per_node: Slurm tasks on each; the trainer has one, its torchrun.
         slots_per_task: ranks of a torchrun, or GPUs of a server.
@@ -211,7 +211,7 @@ def groups_of(config: RunConfig, profile: ClusterProfile) -> list[Group]:
         size = tp if profile.gpus_per_node else 1  # ranks of a CPU server share its cores
         if size > slots:
             problems.append(
-                f"servers.{role}_tp = {tp}: a node of {profile.name} has {slots} GPUs. Lower it to {slots}."
+                f"servers.{MODEL_OF[role]}_tp = {tp}: a node of {profile.name} has {slots} GPUs. Lower it to {slots}."
             )
             continue
         num_nodes = -(-replicas * size // (slots // size * size))

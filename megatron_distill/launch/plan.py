@@ -17,7 +17,7 @@ from megatron_distill.config import RunConfig
 from megatron_distill.config.loading import recipes_package
 from megatron_distill.errors import ConfigError
 from megatron_distill.launch.disk import disk
-from megatron_distill.launch.launch import num_gpus, server_groups
+from megatron_distill.launch.launch import MODEL_OF, num_gpus, server_groups
 from megatron_distill.launch.layouts import layout_problems
 from megatron_distill.launch.memory import (
     GIB,
@@ -78,7 +78,8 @@ def plan(config: RunConfig, student: HfConfig, teacher: HfConfig | None, gpu_gib
     return Plan(
         trainer=tuple(trainer_memory(config, student, teacher)),
         servers={
-            role: server_memory(config, models[role], tp, gpu_gib) for role, (_, tp) in server_groups(config).items()
+            role: server_memory(config, models[MODEL_OF[role]], tp, gpu_gib)
+            for role, (_, tp) in server_groups(config).items()
         },
         wire=tuple(wire(config, student, teacher)),
         disk=tuple(disk(config, student)),
@@ -210,7 +211,7 @@ def render(config: RunConfig, student: HfConfig, result: Plan, remedy: list[str]
         f"{RESERVE_GIB:g} GiB being kept for CUDA and NCCL: {_verdict(result.trainer_fits)}",
     ]
     for role, (parts, tokens) in result.servers.items():
-        lines += ["", f"memory of a {role} server's GPU", *map(_memory_line, parts)]
+        lines += ["", f"memory of each {role} server's GPU", *map(_memory_line, parts)]
         holds = f"{tokens:,} tokens: {tokens // config.max_sequence_tokens:,} of the longest sequences at once"
         lines.append(f"  {'cache holds':<18}{holds}: {_verdict(result.server_fits(role, config.max_sequence_tokens))}")
     lines += ["", "bytes on the wire a step", *map(_memory_line, result.wire)]
@@ -218,7 +219,7 @@ def render(config: RunConfig, student: HfConfig, result: Plan, remedy: list[str]
     lines.append(_sum_line(result.disk))
     for role in result.servers:
         if not result.server_fits(role, config.max_sequence_tokens):
-            lines.append(f"\nto fit: servers.{role}_tp={2 * server_groups(config)[role][1]}")
+            lines.append(f"\nto fit: servers.{MODEL_OF[role]}_tp={2 * server_groups(config)[role][1]}")
     if remedy:
         lines.append(f"\nto fit: {' '.join(remedy)}")
     elif remedy is None:

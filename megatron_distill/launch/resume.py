@@ -18,7 +18,8 @@ FREE_FIELDS = frozenset(
     {
         *("name", "num_steps", "save_every_steps", "on_damaged_checkpoint", "trackers", "teacher.cache_dir"),
         *("evaluation.every_steps", "evaluation.sets"),
-        *(f"servers.{name}" for name in ("student_replicas", "teacher_replicas", "weight_sync", "sync_bucket_mib")),
+        *(f"servers.{name}" for name in ("student_replicas", "teacher_replicas", "evaluation_replicas")),
+        *("servers.weight_sync", "servers.sync_bucket_mib"),
         *(f"servers.{name}_timeout_s" for name in ("startup", "request", "hang")),
         *("servers.min_tokens_per_s", "servers.requests_per_replica", "servers.max_restarts_per_hour"),
     }
@@ -34,8 +35,12 @@ def refused_changes(before: RunConfig, now: RunConfig) -> list[str]:
     """Fields that a run may not go on with as they are now; a path may become another name of the same place."""
     was, is_now = flatten(to_dict(before)), flatten(to_dict(now))
     free = set(FREE_FIELDS)
-    if now.rollouts.sync_every_steps > 1:  # an evaluation brings the weights to the servers, and rollouts are fresher
-        free -= {"evaluation.every_steps", "evaluation.sets"}
+    if (
+        now.rollouts.sync_every_steps > 1
+    ):  # an evaluation by the student's servers brings them weights: fresher rollouts
+        free -= {"evaluation.every_steps", "evaluation.sets", "servers.evaluation_replicas"}
+    if now.optimizer.lr_decay != "constant":  # which leads to its end
+        free -= {"num_steps"}
     changed = {name for name in was.keys() | is_now.keys() if was.get(name) != is_now.get(name)}
     changed -= {name for name in changed if name.endswith("path") and _same_place(was.get(name), is_now.get(name))}
     return sorted(name for name in changed - free if not name.startswith(FREE_SECTIONS))

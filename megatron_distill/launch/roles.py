@@ -3,6 +3,7 @@
     trainer                     one process a rank, under torchrun
     student-server --index N    one SGLang replica of the student, on a free port, and its successors if it is lost
     teacher-server --index N    one SGLang replica of the teacher, likewise
+    evaluation-server --index N one SGLang replica of the student that evaluations alone ask, likewise
 
 Servers announce their addresses in the run folder, where the trainer looks for them (see ``endpoints``). A server that dies or
 hangs is started again on the same port (see ``sglang.supervisor``); it serves again when the trainer has sent it its weights.
@@ -26,6 +27,7 @@ from megatron_distill import config as config_module
 from megatron_distill.config import SERVING_DTYPES, RunConfig
 from megatron_distill.errors import DistillError
 from megatron_distill.launch import endpoints, processes
+from megatron_distill.launch.launch import MODEL_OF, server_groups
 from megatron_distill.launch.resume import requeued_step
 from megatron_distill.runs.lock import take_part
 from megatron_distill.runs.run_folder import RunFolder, read_json, write_json
@@ -38,7 +40,7 @@ _GRACE_S = 20.0
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one role to its end."""
     parser = argparse.ArgumentParser(prog="megatron_distill.launch.roles")
-    parser.add_argument("role", choices=["trainer", "student-server", "teacher-server"])
+    parser.add_argument("role", choices=["trainer", "student-server", "teacher-server", "evaluation-server"])
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--index", type=int, default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -152,13 +154,11 @@ def _train(config: RunConfig, folder: RunFolder) -> None:
     )
 
     def connect(dp_rank: int, must_stop: Callable[[], bool]) -> Leader:
-        servers = config.servers
-        teachers = servers.teacher_replicas if config.needs_teacher_server else 0
-        urls = [
-            endpoints.announced(folder, role, replicas, servers.startup_timeout_s)
-            for role, replicas in (("student", servers.student_replicas), ("teacher", teachers))
-        ]
-        found = Endpoints(urls[0], urls[1], endpoints.key_of(folder))
+        urls = {
+            role: endpoints.announced(folder, role, replicas, config.servers.startup_timeout_s)
+            for role, (replicas, _) in server_groups(config).items()
+        }
+        found = Endpoints(urls, endpoints.key_of(folder))
         return Leader(config, folder, found, vocabulary, dp_rank, must_stop)
 
     run(config, folder, vocabulary, connect)
@@ -223,13 +223,13 @@ def server_spec(
 
     Args:
         config: of the run.
-        role: "student" or "teacher".
+        role: "student", "teacher" or "evaluation".
         index: of the replica.
         host: address to listen at.
         device: "cuda" where the launcher gave it GPUs: it must not fall back to a CPU.
         cpu_threads: see ``ServerSpec``.
     """
-    servers, is_student = config.servers, role == "student"
+    servers, is_student = config.servers, MODEL_OF[role] == "student"
     writes = is_student or config.teacher_writes
     return ServerSpec(
         model_dir=Path(config.student.path if is_student else config.teacher.path),

@@ -222,6 +222,7 @@ class _Live:
             push=lambda version: self.weight_sync.push(session.chunks, version),
             push_again=self.weight_sync.push_again,
             kept=self.kept,
+            save=session.save,
             metrics=StepMetrics(folder, ranks, step_sums, tap.take, RouterLoad(session.chunks).take),
             must_stop=lambda: any(signals.signals_received()),
             step=get_args().iteration,

@@ -11,7 +11,7 @@ from megatron_distill.pages.page import Html, element
 from megatron_distill.pages.plots import COLOURS, as_svg, legend_above, style
 from megatron_distill.runs.timeline import Span, busy_shares, steps_of
 
-ROWS = ("trainer", "student", "teacher")
+ROWS = ("trainer", "student", "teacher", "evaluation")
 _WHAT = {
     "train": COLOURS[0],
     "sync": COLOURS[4],

@@ -108,6 +108,19 @@ class RunFolder:
         return self.root / "sync"
 
     @property
+    def evaluating(self) -> Path:
+        return self.root / "evaluating"
+
+    def evaluated_weights(self, step: int) -> Path:
+        """The student after ``step`` steps, for as long as an evaluation of it is under way beside training."""
+        return self.evaluating / f"step_{step:06d}"
+
+    def steps_evaluating(self) -> list[int]:
+        """Steps whose evaluation beside training has not ended."""
+        found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.evaluating.glob("*"))
+        return sorted(int(number[1]) for number in found if number)
+
+    @property
     def ahead(self) -> Path:
         return self.root / "ahead"
 
@@ -165,6 +178,9 @@ class RunFolder:
             self.best.unlink(missing_ok=True)
             for path in (*self.trackers.glob("*.json"), *self.trackers.glob("*.id")):
                 path.unlink()
+        waiting = {self.evaluated_weights(one) for one in self.steps_evaluating() if one <= step and step > 0}
+        for path in set(self.evaluating.glob("*")) - waiting:
+            shutil.rmtree(path, ignore_errors=True)
         for path in self.evals.rglob("step_*.json"):
             number = re.fullmatch(r"step_(\d+)\.json", path.name)
             if number and (int(number[1]) > step or not step):

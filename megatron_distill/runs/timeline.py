@@ -6,6 +6,7 @@ In: the phases of rank 0, and the requests that its leader has in flight. Out: o
     trainer    train | sync | wait (for the step's samples) | evaluate | decide
     student    busy: at least one request to the student's servers is in flight
     teacher    busy: likewise the teacher's
+    evaluation busy: likewise the evaluations' own, where there are such
 
 On clusters of several replicas this is replica 0's view; the others do the same at the same time.
 """
@@ -28,7 +29,7 @@ class Span:
     """Somebody's time.
 
     Attributes:
-        who: trainer, student or teacher.
+        who: trainer, student, teacher or evaluation.
         what: it did.
         began: Unix seconds.
         ended: Unix seconds.

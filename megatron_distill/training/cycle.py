@@ -7,6 +7,7 @@
       sync       gather the weights ── rank 0 ─────────────────────────────────────────────> student: version s + 1
       report     add up the metrics of all ranks; the reporter appends a line
       evaluate   (every so often)                       rank 0: held-out problems ─────────> student, reward
+                 (or beside training: ``training.beside``)
       keep       (if asked for) the best student so far, the student at a save; older checkpoints go
       decide     (at the end of a stage)                rank 0: held-out entropy ──────────> student
                  every rank makes the same decision
@@ -26,8 +27,9 @@ here and nowhere else. Servers hold the weights of the latest sync; a step's rol
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from megatron_distill.config import RunConfig
 from megatron_distill.errors import DistillError, StaleWeightsError, StopRequested
@@ -62,6 +64,7 @@ class Cycle:
         push_again: Callable[[int], bool],
         metrics: StepMetrics,
         kept: Kept,
+        save: Callable[[Path], None],
         must_stop: Callable[[], bool],
         step: int,
     ) -> None:
@@ -77,13 +80,14 @@ class Cycle:
             push_again: brings the weights of an earlier push once more; whether they were kept. Collective.
             metrics: writes a line a step.
             kept: what is kept of the student on the way.
+            save: writes the live student as a Hugging Face directory. Collective.
             must_stop: whether any rank was told to end: Megatron then saves and ends after this step. Collective.
             step: optimizer steps done: 0, or a checkpoint's.
         """
         self.config, self.folder, self.ranks, self.leader = config, folder, ranks, leader
         self.feed, self.step = feed, step
         self._push, self._push_again, self._metrics, self._must_stop = push, push_again, metrics, must_stop
-        self._kept = kept
+        self._kept, self._save = kept, save
         self._share = Share(ranks.dp_rank, ranks.dp_size)
         self._curriculum = make_curriculum(config.curriculum, config.num_steps)
         self._curriculum.replay(read_lines(folder.curriculum), step)
@@ -102,13 +106,13 @@ class Cycle:
             self._evaluate(self._due_sets())
         else:
             self._sync()
+            self._take_up_evaluations()
             # The run was stopped between its checkpoint and what follows it.
-            self._evaluate(
-                [one for one in self._due_sets() if not self.folder.evaluation(one.name, self.step).exists()]
-            )
+            self._evaluate(self._without_record(self.step))
             if self._is_decision_due():
                 self._decide()
         if self.step == self.config.num_steps:
+            self._evaluated()
             return
         self._prepare()
         self._look_ahead()
@@ -139,11 +143,17 @@ class Cycle:
     def _stop(self, reason: str) -> None:
         """What Megatron is about to save needs beside it what was drawn by weights that are gone by then."""
         self.say(f"stopping after step {self.step}, saving a checkpoint: {reason}")
-        self._on_leader(lambda leader: leader.ahead.keep(self.step, self._share))
+
+        def part(leader: Leader) -> None:
+            leader.ahead.keep(self.step, self._share)
+            if leader.beside is not None:
+                leader.beside.close()
+
+        self._on_leader(part)
 
     def _between(self, seconds: dict[str, float]) -> None:
         sets, decide = self._due_sets(), self._is_decision_due()
-        if sets or decide or self._is_sync_due():
+        if (sets and not self._is_beside) or decide or self._is_sync_due():
             began = time.perf_counter()
             self._sync()
             seconds["sync_s"] = time.perf_counter() - began - self._drained_s
@@ -157,6 +167,8 @@ class Cycle:
             self._decide()
         if self.step < self.config.num_steps:
             self._prepare()
+        else:
+            self._evaluated()
         if decide:
             self._look_ahead()
 
@@ -200,6 +212,10 @@ class Cycle:
         return work()
 
     def _evaluate(self, due: Sequence[EvaluationSet]) -> None:
+        if self._is_beside:
+            self._evaluate_beside(due)
+            return
+
         def work(leader: Leader) -> dict[str, Summary]:
             summaries = {}
             for one in due if self.ranks.rank == 0 else ():
@@ -211,6 +227,39 @@ class Cycle:
         with self._timeline.span("trainer", "evaluate"):
             summaries = self._on_leader(work)
         self._kept.after_evaluation(self.step, summaries)
+
+    def _evaluate_beside(self, due: Sequence[EvaluationSet]) -> None:
+        """Begin an evaluation on servers of its own; wait for it where the best student is kept, while it is still here."""
+        if not due:
+            return
+        self._evaluated()
+        with self._timeline.span("trainer", "evaluate"):
+            self._save(self.folder.evaluated_weights(self.step))
+        self._begin_beside(self.step, due)
+        if self.config.checkpoints.keep_best != "none":
+            self._kept.after_evaluation(self.step, self._evaluated())
+
+    def _begin_beside(self, step: int, due: Sequence[EvaluationSet]) -> None:
+        def begin(leader: Leader) -> None:
+            if leader.beside is not None:
+                leader.beside.begin(step, [one.name for one in due])
+
+        self._on_leader(begin)
+
+    def _evaluated(self) -> Mapping[str, Summary]:
+        """Wait for the evaluation beside training, if one is under way."""
+        if not self._is_beside:
+            return {}
+        with self._timeline.span("trainer", "evaluate"):
+            return self._on_leader(lambda leader: leader.beside.wait() if leader.beside is not None else {})
+
+    def _take_up_evaluations(self) -> None:
+        """Those that the run was stopped in, of steps before this one."""
+        for step in self.ranks.gather(self.folder.steps_evaluating())[0] if self._is_beside else ():
+            due = self._without_record(step)
+            if step < self.step or not due:  # with nothing due, all that is left to do is to clear up
+                self._evaluated()
+                self._begin_beside(step, due)
 
     def _decide(self) -> None:
         """The curriculum's decision at the end of a stage: measured by rank 0, made alike on all."""
@@ -258,8 +307,18 @@ class Cycle:
             rollouts.student_prefix_frac.at(step) > 0 for step in drawn
         )
 
+    @property
+    def _is_beside(self) -> bool:
+        return self.config.servers.evaluation_replicas > 0
+
     def _due_sets(self) -> list[EvaluationSet]:
         return [one for one in self._sets if one.is_due(self.step, self.config.num_steps)]
+
+    def _without_record(self, step: int) -> list[EvaluationSet]:
+        """Of the sets that are due at ``step`` those that were not evaluated, on rank 0's word."""
+        due = [one for one in self._sets if one.is_due(step, self.config.num_steps)]
+        done = self.ranks.gather([self.folder.evaluation(one.name, step).exists() for one in due])[0]
+        return [one for one, is_done in zip(due, done, strict=True) if not is_done]
 
     def _is_decision_due(self) -> bool:
         return self.step < self.config.num_steps and self._curriculum.is_due(self.step)

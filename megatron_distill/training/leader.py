@@ -6,7 +6,7 @@ Every name in the config that may be a user's function is looked up here.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +41,7 @@ from megatron_distill.teacher import (
     teacher_identity,
     teacher_prompts,
 )
+from megatron_distill.training.beside import EvaluationBeside
 from megatron_distill.training.components import load_components
 from megatron_distill.types import Generation, Sample, Sampler
 
@@ -54,13 +55,11 @@ class Endpoints:
     """Where the servers of a run listen.
 
     Attributes:
-        student: URLs of the student's replicas.
-        teacher: URLs of the teacher's replicas; empty if the run starts none.
+        urls: of the replicas of each role ("student", "teacher", "evaluation") that the run starts.
         key: what all of them ask for.
     """
 
-    student: tuple[str, ...]
-    teacher: tuple[str, ...]
+    urls: Mapping[str, tuple[str, ...]]
     key: str
 
 
@@ -70,6 +69,7 @@ class Leader:
     Attributes:
         student: client of the student's servers.
         heldout: measures what they hold.
+        beside: evaluates beside training, on servers of its own; None without such.
         ahead: draws the samples.
     """
 
@@ -103,30 +103,46 @@ class Leader:
             folder.event("data", note)
         self._timeline = Timeline(folder.timeline)
         self.student = self._client("student", dp_rank)
-        self._teacher_client = self._client("teacher", dp_rank) if endpoints.teacher else None
+        self._teacher_client = self._client("teacher", dp_rank) if "teacher" in endpoints.urls else None
         self._teacher = _teacher(config, self._train, vocabulary, self._teacher_client)
-        sets = load_sets(config)
-        names = {one.settings.reward for one in sets}
-        if config.rl.weight:
-            names |= {name for name, _ in weights_of(config.rl).values()}
+        names = {name for name, _ in weights_of(config.rl).values()} if config.rl.weight else set()
         self._rewards = {name: load_reward(name, config.rl.reward_timeout_s) for name in names}
         self._source = self._make_source()
         staleness = config.rollouts.max_staleness_steps
         self._is_in_flight, self._num_dropped = staleness >= IN_FLIGHT, 0
         store = SampleStore(folder.ahead) if 0 < staleness < IN_FLIGHT else None
         self.ahead = Ahead(self._source, store, must_stop, num_steps=1 + staleness if self._is_in_flight else 1)
-        self.heldout = HeldOut(
-            config,
-            folder,
-            {
-                one.name: MeasuredSet(
-                    load_prompt_set(one.path, one.data, tokenizer), one.settings, self._rewards[one.settings.reward]
-                )
-                for one in sets
-            },
-            self.student,
-            stop_token_ids=vocabulary.stop_token_ids,
-            decode=vocabulary.decode,
+        self._sets = self._make_sets()
+        self.heldout = self._make_heldout(self.student)
+        self.beside: EvaluationBeside | None = None
+        if dp_rank == 0 and "evaluation" in endpoints.urls:
+            client = self._client("evaluation", dp_rank)
+            self.beside = EvaluationBeside(folder, self._make_heldout(client), client, must_stop)
+
+    def _make_sets(self) -> dict[str, MeasuredSet]:
+        """Each with a reward of its own, which the source's threads do not call."""
+        sets = load_sets(self._config)
+        judges = {
+            name: load_reward(name, self._config.rl.reward_timeout_s) for name in {one.settings.reward for one in sets}
+        }
+        self._judges = judges
+        return {
+            one.name: MeasuredSet(
+                load_prompt_set(one.path, one.data, self._vocabulary.tokenizer),
+                one.settings,
+                judges[one.settings.reward],
+            )
+            for one in sets
+        }
+
+    def _make_heldout(self, client: SGLangClient) -> HeldOut:
+        return HeldOut(
+            self._config,
+            self._folder,
+            self._sets,
+            client,
+            stop_token_ids=self._vocabulary.stop_token_ids,
+            decode=self._vocabulary.decode,
         )
 
     def _make_source(self) -> RolloutSource:
@@ -148,15 +164,15 @@ class Leader:
         weights = weights_of(self._config.rl)
         return WeightedReward({short: (self._rewards[name], weight) for short, (name, weight) in weights.items()})
 
-    def _client(self, role: Literal["student", "teacher"], dp_rank: int) -> SGLangClient:
-        config, servers, endpoints = self._config, self._config.servers, self._endpoints
-        urls, model = (endpoints.student, config.student) if role == "student" else (endpoints.teacher, config.teacher)
+    def _client(self, role: Literal["student", "teacher", "evaluation"], dp_rank: int) -> SGLangClient:
+        config, servers, urls = self._config, self._config.servers, self._endpoints.urls[role]
+        model = config.teacher if role == "teacher" else config.student
         return _TimedClient(
             urls,
             vocab_size=HfConfig.from_dir(model.path).vocab_size,
             context_length=config.server_context_tokens,
             num_connections=servers.requests_per_replica,
-            key=endpoints.key,
+            key=self._endpoints.key,
             timeout_s=servers.request_timeout_s,
             min_tokens_per_s=servers.min_tokens_per_s,
             unreachable_s=servers.hang_timeout_s + servers.startup_timeout_s,  # a hung server's end, and its restart
@@ -171,8 +187,7 @@ class Leader:
         Raises:
             ServerError: one does not within ``servers.startup_timeout_s``, or its role reported a failure.
         """
-        servers = [("student", url) for url in self._endpoints.student]
-        servers += [("teacher", url) for url in self._endpoints.teacher]
+        servers = [(role, url) for role, urls in self._endpoints.urls.items() for url in urls]
         wait_ready(
             servers,
             timeout_s=self._config.servers.startup_timeout_s,
@@ -223,7 +238,8 @@ class Leader:
 
     def close(self) -> None:
         """End the judges, the threads and the connections."""
-        for part in (self.ahead, *self._rewards.values(), self.student, self._teacher_client, self._teacher):
+        judges = (*self._rewards.values(), *self._judges.values())
+        for part in (self.beside, self.ahead, *judges, self.student, self._teacher_client, self._teacher):
             close = getattr(part, "close", None)
             if close is not None:
                 close()

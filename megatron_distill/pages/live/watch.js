@@ -14,7 +14,7 @@ const CARDS = [
   ["Tokens a second", ["tokens_per_s"]],
 ];
 const WHAT = {train: "#0072b2", sync: "#e69f00", evaluate: "#cc79a7", decide: "#555555", busy: "#009e73"};
-const ROWS = ["trainer", "student", "teacher"];
+const ROWS = ["trainer", "student", "teacher", "evaluation"];
 const byId = (id) => document.getElementById(id);
 
 let run = null, state = null, log = null;
