@@ -61,8 +61,12 @@ CASES = {
 
 
 def micro_batch(in_trainer: bool) -> MicroBatch:
-    """Samples of every kind; a fifth has no score, unless the teacher is in the trainer."""
-    return build_micro_batches(make_samples(STEP, 10, V, top_k=6), 10, step=STEP, scored_in_trainer=in_trainer)[0]
+    """Samples of every kind, which weigh differently; a fifth has no score, unless the teacher is in the trainer."""
+    samples = [
+        replace(sample, policy_weight=(sample.rollout.author == "student") * (1 + 0.1 * number))
+        for number, sample in enumerate(make_samples(STEP, 10, V, top_k=6))
+    ]
+    return build_micro_batches(samples, 10, step=STEP, scored_in_trainer=in_trainer)[0]
 
 
 def models(num_tokens: int, rank: int = 0, size: int = 1) -> list[HiddenTensors]:

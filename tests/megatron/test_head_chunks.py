@@ -57,3 +57,7 @@ def test_nor_do_they_on_any_layout(tied: bool, forge: RankForge, tmp_path: Path)
     for layout in PRODUCTS:
         kind = next((one for one in ("in_process_", "rl_") if layout.startswith(one)), "")
         assert_same(outcomes[layout], outcomes[f"{kind}whole"])
+    learnt = outcomes["rl_tp2_pp2"].steps[-1]
+    assert learnt["reference_kl_nats"] > 0 and learnt["loss"] != pytest.approx(
+        outcomes["whole"].steps[-1]["loss"], rel=1e-3
+    )

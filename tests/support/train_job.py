@@ -9,7 +9,7 @@ gradient norms are in ``metrics.jsonl``, the student in ``hf/``.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +53,8 @@ class MadeUpLeader(Leader):
         samples = make_samples(step, self._config.rollouts_per_step, self._vocab_size, top_k=TOP_K)
         if self._config.teacher.sends_hidden_states:
             samples = with_hidden_states(samples, self._config.teacher.path)
+        if self._config.rl.weight:
+            samples = [replace(sample, policy_weight=float(sample.rollout.author == "student")) for sample in samples]
         per_replica = len(samples) // share.size
         return Collected(samples[share.rank * per_replica : (share.rank + 1) * per_replica], {"rollout_s": 0.0})
 
