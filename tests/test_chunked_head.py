@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import head as head_benchmark
 from megatron_distill.config import DistillConfig, RlConfig, SftConfig
 from megatron_distill.errors import LossError
 from megatron_distill.rollouts.batches import MicroBatch, build_micro_batches
@@ -198,6 +199,21 @@ def test_no_tensor_has_more_rows_of_logits_than_a_chunk(name: str) -> None:
         head(student, batch, plan_of(case, batch), teacher=teacher, reference=made[2]).loss.backward()
     assert widest.rows == chunk_tokens
     assert student.hidden_TH.grad is not None and student.head_VH.grad is not None
+
+
+def test_the_benchmark_sees_a_chunk_of_logits_of_each_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its table on small tensors: whole logits of two models are two, and chunks of a quarter are a half."""
+    monkeypatch.setattr("megatron_distill.training.chunked_head.default_chunk_tokens", lambda head: 16)
+    flags = ["--tokens", "64", "--vocab", "512", "--features", "24", "--dtypes", "float32"]
+    monkeypatch.setattr("sys.argv", ["head", *flags])
+    head_benchmark.main()
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| t")]
+    shares = {name.strip(): float(share) for name, _, _, share, _ in rows}
+    assert shares["teacher in the trainer: whole logits, kept for autograd"] == pytest.approx(2, abs=0.1)
+    assert shares["teacher in the trainer: chunks"] == pytest.approx(0.5, abs=0.1)
+    assert shares["top-64: chunks"] < 1
 
 
 def test_bf16_heads_sum_their_gradient_in_fp32() -> None:
