@@ -46,3 +46,24 @@ def test_a_layout_that_the_model_cannot_take_is_refused(kind: str, overrides: li
     config = with_overrides(RECIPES[kind](), [*free, *layout], check_rules=False)
     found = problems(config)
     assert any(said in one for one in found) if said else found == [], found
+
+
+def test_a_teacher_in_the_trainer_needs_a_layer_for_each_stage() -> None:
+    """It lies on the student's stages: 28 layers do not reach over 36."""
+    config = with_overrides(
+        RECIPES["dense"](),
+        [
+            "teacher.transport=in_process",
+            "teacher.path=Qwen/Qwen3-0.6B",
+            "student.parallel.pp=36",
+            "student.parallel.tp=1",
+            "student.parallel.dp=1",
+            "student.parallel.sequence_parallel=false",
+        ],
+        check_rules=False,
+    )
+    found = problems(config)
+    assert any(
+        "student.parallel.pp = 36: the in-process teacher lies on as many stages, and has only 28" in one
+        for one in found
+    ), found

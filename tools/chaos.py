@@ -559,9 +559,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.table:
         print(table(root))
         return 0
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background jobs ignore Ctrl-C, and so would the runs
+    # A shell's background jobs ignore Ctrl-C, and nohup's a hang-up: so would the runs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     Start.overrides = tuple(options.overrides)
     kinds = [fault.name for fault in FAULTS] if options.faults else list(SHORT)
     if not _changeable_clock(root):

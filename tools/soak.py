@@ -89,13 +89,13 @@ def _name(words: list[str]) -> str:
     kinds = {
         "sglang::scheduler": "server's scheduler",
         "sglang::detokenizer": "server's detokenizer",
-        "launch.keeper": "keeper",
-        "torch.distributed.run": "torchrun",
+        "launch.keeper": "launcher's side",
+        "torch.distributed.run": "launcher's side",
         "launch.roles trainer": "trainer",
         "launch.roles": "server's role",
         "launch_server": "server",
         "multiprocessing": "Megatron's helpers",
-        "cli.main": "launcher",
+        "cli.main": "launcher's side",  # with its keeper and torchrun
     }
     return next((name for words, name in kinds.items() if words in line), "other")
 
