@@ -2,12 +2,12 @@
 
 | backend | what runs | chosen for |
 |---|---|---|
-| `triton` | `triton_kernels`, one read of the logits per pass | CUDA tensors in bf16, fp16 or fp32 |
-| `cpp` | `cpu_kernels.cpp`, built at its first use with the system's C++ compiler | CPU tensors in bf16, fp16 or fp32 |
-| `inductor` | the source of `kernels`, compiled by Inductor | when asked for by name |
-| `eager` | the source of `kernels`, operation by operation | float64, and wherever the others cannot run |
+| ``triton`` | ``triton_kernels``, one read of the logits per pass | CUDA tensors in bf16, fp16 or fp32 |
+| ``cpp`` | ``cpu_kernels.cpp``, built at its first use with the system's C++ compiler | CPU tensors in bf16, fp16 or fp32 |
+| ``inductor`` | the source of ``kernels``, compiled by Inductor | when asked for by name |
+| ``eager`` | the source of ``kernels``, operation by operation | float64, and wherever the others cannot run |
 
-All four are equal to rounding and each is deterministic. Callers do not choose: `kernels_for` does. A loss's `backend`
+All four are equal to rounding and each is deterministic. Callers do not choose: ``kernels_for`` does. A loss's ``backend``
 argument names one anyway, to compare them.
 """
 
@@ -29,7 +29,7 @@ _NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Kernels(NamedTuple):
-    """One implementation of the arithmetic; the functions of `kernels` say what each must compute.
+    """One implementation of the arithmetic; the functions of ``kernels`` say what each must compute.
 
     Args:
         backend: its name.
@@ -48,7 +48,7 @@ class Kernels(NamedTuple):
     rest_gradient_: Callable[..., None]
 
     def chunks(self, logits_TV: Tensor, chunk_tokens: int | None) -> list[slice]:
-        """Slices that cover the tokens, at least one: `chunk_tokens` each, or else as these kernels like it."""
+        """Slices that cover the tokens, at least one: ``chunk_tokens`` each, or else as these kernels like it."""
         num_tokens, num_columns = logits_TV.shape
         fitting = num_tokens if self.whole_batch else kernels.default_chunk_tokens(num_columns, logits_TV.device)
         chunk = max(1, chunk_tokens or fitting)
@@ -56,10 +56,10 @@ class Kernels(NamedTuple):
 
 
 def kernels_for(logits: Tensor, backend: Backend | None) -> Kernels:
-    """The kernels to run on `logits`: those of `backend`, or the fastest that this device and dtype have.
+    """The kernels to run on ``logits``: those of ``backend``, or the fastest that this device and dtype have.
 
     Raises:
-        LossError: `backend` is unknown, or cannot run on these logits here.
+        LossError: ``backend`` is unknown, or cannot run on these logits here.
     """
     name = backend or _fastest(logits)
     if name not in get_args(Backend):

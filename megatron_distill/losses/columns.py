@@ -1,7 +1,7 @@
 """One model's columns on one rank, and how to look chosen token ids up in them.
 
 In: token ids of the whole vocabulary. Out: where they are among this rank's columns, if they are. The losses that need
-the student's logits alone (sampled tokens, a teacher's top-k) build on this; those that need both models' on `shards`.
+the student's logits alone (sampled tokens, a teacher's top-k) build on this; those that need both models' on ``shards``.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from megatron_distill.losses.shards import resolve_vocab_size
 
 
 class ColumnShard(NamedTuple):
-    """The token ids `[start, start + width)`, held as a rank's first `width` columns; the rest of them are padding.
+    """The token ids ``[start, start + width)``, held as a rank's first ``width`` columns; the rest of them are padding.
 
     Args:
         start: first id of this rank.
@@ -29,10 +29,10 @@ class ColumnShard(NamedTuple):
 
 
 def column_shard(num_columns: int, tp_group: dist.ProcessGroup | None, vocab_size: int | None) -> ColumnShard:
-    """This rank's share of a vocabulary of which every rank holds `num_columns`, padding included.
+    """This rank's share of a vocabulary of which every rank holds ``num_columns``, padding included.
 
     Raises:
-        LossError: `vocab_size` exceeds the columns.
+        LossError: ``vocab_size`` exceeds the columns.
     """
     size = tp_group.size() if tp_group is not None else 1
     rank = tp_group.rank() if tp_group is not None else 0
@@ -42,13 +42,13 @@ def column_shard(num_columns: int, tp_group: dist.ProcessGroup | None, vocab_siz
 
 
 def locate(ids_TK: Tensor, shard: ColumnShard) -> Tensor:
-    """Local column of each id, `[T, K]` int64; `shard.width`, one past the last, for ids that other ranks hold."""
+    """Local column of each id, ``[T, K]`` int64; ``shard.width``, one past the last, for ids that other ranks hold."""
     local = ids_TK.to(torch.int64) - shard.start  # the CPU kernel reads them as such
     return torch.where((local >= 0) & (local < shard.width), local, shard.width)
 
 
 def chosen_logits(z_TV: Tensor, ids_TK: Tensor, shard: ColumnShard, inverse_temperature: float) -> Tensor:
-    """This rank's share of the logits of the chosen ids, `[T, K]`: zero where another rank holds the id.
+    """This rank's share of the logits of the chosen ids, ``[T, K]``: zero where another rank holds the id.
 
     An id that no rank holds (negative, or at or above the vocabulary's size) gives NaN, so that it cannot pass unseen.
     """

@@ -1,9 +1,9 @@
-"""The C++ kernels: built once per machine and processor, loaded through ctypes, called with the signatures of `kernels`.
+"""The C++ kernels: built once per machine and processor, loaded through ctypes, called with the signatures of ``kernels``.
 
-In: CPU tensors in bf16, fp16 or fp32. The first use compiles `cpu_kernels.cpp` with the system's C++ compiler (the one that
+In: CPU tensors in bf16, fp16 or fp32. The first use compiles ``cpu_kernels.cpp`` with the system's C++ compiler (the one that
 Inductor would need too; about a second) into the user's cache folder, under a name made of the source, the compiler and
 the processor, so that machines which share a home never load each other's instructions. Rows are split over
-`torch.get_num_threads()` threads; a row is always one thread's, so results do not depend on their number.
+``torch.get_num_threads()`` threads; a row is always one thread's, so results do not depend on their number.
 """
 
 import ctypes
@@ -58,7 +58,7 @@ def library() -> ctypes.CDLL:
 
 
 def build(target: str) -> ctypes.CDLL:
-    """Compile for `target` (a compiler flag that names the processor) and load; from the cache where it is there.
+    """Compile for ``target`` (a compiler flag that names the processor) and load; from the cache where it is there.
 
     Raises:
         LossError: there is no compiler, or it failed.
@@ -158,7 +158,7 @@ def _call(name: str, *arguments: Any, target: ctypes.CDLL | None = None) -> None
 
 
 def _write(name: str, out_TV: Tensor, *arguments: Any) -> None:
-    """Call a kernel that writes `out_TV`, through a buffer where its columns do not lie side by side."""
+    """Call a kernel that writes ``out_TV``, through a buffer where its columns do not lie side by side."""
     direct = (
         out_TV
         if out_TV.stride(1) == 1 or out_TV.shape[1] == 1
@@ -170,7 +170,7 @@ def _write(name: str, out_TV: Tensor, *arguments: Any) -> None:
 
 
 def kl_statistics(z_TV: Tensor, t_TV: Tensor, excluded_V: Tensor | None, inverse_temperature: float) -> Tensor:
-    """See `kernels.kl_statistics`."""
+    """See ``kernels.kl_statistics``."""
     z, t = _readable(z_TV), _readable(t_TV)
     out_T8 = z.new_empty(z.shape[0], 8, dtype=torch.float32)
     _call("kl_statistics", _rows(z), _rows(t), excluded_V, *z.shape, inverse_temperature, out_T8)
@@ -186,7 +186,7 @@ def kl_gradient_(
     upstream_T: Tensor,
     inverse_temperature: float,
 ) -> None:
-    """See `kernels.kl_gradient_`."""
+    """See ``kernels.kl_gradient_``."""
     z, t = _readable(z_TV), _readable(t_TV)
     rows = (_floats(normalisers_T5), _floats(weight_T), _floats(upstream_T))
     _write("kl_gradient", out_TV, _rows(z), _rows(t), *z.shape, *rows, inverse_temperature)
@@ -200,7 +200,7 @@ def mixture_statistics(
     mixture: Mixture,
     inverse_temperature: float,
 ) -> Tensor:
-    """See `kernels.mixture_statistics`."""
+    """See ``kernels.mixture_statistics``."""
     z, t, normalisers = _readable(z_TV), _readable(t_TV), _floats(normalisers_T5)
     out_T2 = z.new_empty(z.shape[0], 2, dtype=torch.float32)
     rows = (excluded_V, *z.shape, normalisers, _Mixture(*mixture), inverse_temperature, out_T2)
@@ -218,14 +218,14 @@ def mixture_gradient_(
     mixture: Mixture,
     inverse_temperature: float,
 ) -> None:
-    """See `kernels.mixture_gradient_`."""
+    """See ``kernels.mixture_gradient_``."""
     z, t = _readable(z_TV), _readable(t_TV)
     rows = (_floats(normalisers_T5), _floats(mean_slope_T), _floats(upstream_T), _Mixture(*mixture))
     _write("mixture_gradient", out_TV, _rows(z), _rows(t), *z.shape, *rows, inverse_temperature)
 
 
 def softmax_statistics(z_TV: Tensor, inverse_temperature: float) -> Tensor:
-    """See `kernels.softmax_statistics`."""
+    """See ``kernels.softmax_statistics``."""
     return rest_statistics(z_TV, torch.empty(z_TV.shape[0], 0, dtype=torch.int64), inverse_temperature)
 
 
@@ -238,14 +238,14 @@ def softmax_gradient_(
     entropy_T: Tensor,
     inverse_temperature: float,
 ) -> None:
-    """See `kernels.softmax_gradient_`."""
+    """See ``kernels.softmax_gradient_``."""
     z = _readable(z_TV)
     rows = (_floats(normalisers_T2), _floats(upstream_T), _floats(entropy_upstream_T), _floats(entropy_T))
     _write("softmax_gradient", out_TV, _rows(z), *z.shape, *rows, inverse_temperature)
 
 
 def rest_statistics(z_TV: Tensor, columns_TN: Tensor, inverse_temperature: float) -> Tensor:
-    """See `kernels.rest_statistics`."""
+    """See ``kernels.rest_statistics``."""
     z, columns = _readable(z_TV), columns_TN.contiguous()
     out_T3 = z.new_empty(z.shape[0], 3, dtype=torch.float32)
     _call("softmax_statistics", _rows(z), *z.shape, columns, columns.shape[1], inverse_temperature, out_T3)
@@ -261,7 +261,7 @@ def rest_gradient_(
     upstream_T: Tensor,
     inverse_temperature: float,
 ) -> None:
-    """See `kernels.rest_gradient_`."""
+    """See ``kernels.rest_gradient_``."""
     z, columns = _readable(z_TV), columns_TN.contiguous()
     chosen = (columns, _floats(chosen_grad_TN), columns.shape[1])
     rows = (*z.shape, *chosen, _floats(rest_T3), _floats(upstream_T), inverse_temperature)

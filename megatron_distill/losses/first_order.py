@@ -1,6 +1,6 @@
 """Backwards that are differentiated once, and say so if asked for more.
 
-The losses' gradients are written by kernels, which autograd cannot see through. PyTorch's own `once_differentiable` refuses a
+The losses' gradients are written by kernels, which autograd cannot see through. PyTorch's own ``once_differentiable`` refuses a
 second derivative too, but names neither the loss nor a way out.
 """
 
@@ -32,7 +32,7 @@ class _Refuse(torch.autograd.Function):
 
 
 def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Decorates the backward of an autograd function: it runs without a graph, and its own derivative is a `LossError`."""
+    """Decorates the backward of an autograd function: it runs without a graph, and its own derivative is a ``LossError``."""
 
     @wraps(backward)
     def run(ctx: Any, *upstream: Tensor) -> Gradients:

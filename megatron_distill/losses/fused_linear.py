@@ -1,12 +1,12 @@
 """The KL between two models given as hidden states and output heads: neither model's logits are ever held whole.
 
-In: both models' last hidden states, and each model's head, sharded by columns of the vocabulary. Out: `KLTerms`, with
+In: both models' last hidden states, and each model's head, sharded by columns of the vocabulary. Out: ``KLTerms``, with
 gradients to the student's hidden states and head. Logits exist for one chunk of tokens at a time: once in the forward, for
 their statistics, and again in the backward, where the gradient replaces them. That costs one more product with each head
 than the unfused loss, and saves both logits tensors; at 152k columns these are what runs out of memory first. Collectives
 are one per chunk, forward and backward, each under way while the next products are computed.
 
-The heads must be plain products with a `[V, H]` matrix, without bias, scaling or softcap.
+The heads must be plain products with a ``[V, H]`` matrix, without bias, scaling or softcap.
 """
 
 from typing import Any
@@ -52,24 +52,24 @@ def fused_linear_distill_kl(
     backend: Backend | None = None,
     reduce_hidden_grad: bool = True,
 ) -> KLTerms:
-    """`distill_kl(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T, ...)` in a chunk's memory.
+    """``distill_kl(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T, ...)`` in a chunk's memory.
 
     Args:
-        student_hidden: `[..., H]`, the same on every tensor-parallel rank; with gradient.
-        student_head: `[V, H]`, this rank's rows of the output matrix; with gradient (summed over chunks in fp32).
-        teacher_hidden: `[..., H']` for the same tokens; H' may differ from H. No gradient.
-        teacher_head: `[V', H']`, this rank's rows. No gradient.
-        reverse_kl_weight, temperature, tp_group, vocab_size, stop_token_groups, backend: as in `distill_kl`.
+        student_hidden: ``[..., H]``, the same on every tensor-parallel rank; with gradient.
+        student_head: ``[V, H]``, this rank's rows of the output matrix; with gradient (summed over chunks in fp32).
+        teacher_hidden: ``[..., H']`` for the same tokens; H' may differ from H. No gradient.
+        teacher_head: ``[V', H']``, this rank's rows. No gradient.
+        reverse_kl_weight, temperature, tp_group, vocab_size, stop_token_groups, backend: as in ``distill_kl``.
         chunk_tokens: tokens whose logits exist at a time; None picks by device.
         reduce_hidden_grad: True sums the hidden states' gradient over the ranks (one collective, backward), so that it is
             whole. False leaves this rank's part: for hidden states that come out of a Megatron mapping whose own
-            backward sums, such as `copy_to_tensor_model_parallel_region`, or the gather of sequence parallelism.
+            backward sums, such as ``copy_to_tensor_model_parallel_region``, or the gather of sequence parallelism.
 
     Returns:
         KLTerms in fp32 (fp64 for fp64 hidden states).
 
     Raises:
-        LossError: hidden states and heads that do not fit, or as in `distill_kl`.
+        LossError: hidden states and heads that do not fit, or as in ``distill_kl``.
     """
     check_pair(student_hidden, teacher_hidden, temperature)
     for name, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
@@ -97,13 +97,13 @@ def fused_linear_distill_kl(
 
 
 def default_chunk_tokens(head: Tensor) -> int:
-    """Tokens whose logits, under a head `[V, H]`, are worth making at a time on its device."""
+    """Tokens whose logits, under a head ``[V, H]``, are worth making at a time on its device."""
     budget = _CHUNK_LOGIT_BYTES.get(head.device.type, _CHUNK_LOGIT_BYTES["cuda"])
     return max(1, budget // (4 * head.shape[0]))
 
 
 def add_product_(total_VH: Tensor, logits_grad_TV: Tensor, hidden_TH: Tensor) -> None:
-    """`total += logits_grad.T @ hidden` without a second buffer of the head's size.
+    """``total += logits_grad.T @ hidden`` without a second buffer of the head's size.
 
     In one dtype the product accumulates where the sum is. A bf16 product is added to an fp32 sum some rows at a time.
     """

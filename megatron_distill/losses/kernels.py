@@ -1,9 +1,9 @@
 """The arithmetic over a token's vocabulary, written as functions of tensors: what every backend must compute.
 
-`kl_statistics` reads both models' logits once and leaves eight numbers per token; `merge_statistics` joins those of
-several shards; `kl_gradient_` turns logits and global normalisers into the gradient, column by column. `mixture_...`,
-`softmax_...` and `rest_...` are the same pair for the mixtures, for one model alone, and for one model without chosen
-columns. `backends` says who runs them.
+``kl_statistics`` reads both models' logits once and leaves eight numbers per token; ``merge_statistics`` joins those of
+several shards; ``kl_gradient_`` turns logits and global normalisers into the gradient, column by column. ``mixture_...``,
+``softmax_...`` and ``rest_...`` are the same pair for the mixtures, for one model alone, and for one model without chosen
+columns. ``backends`` says who runs them.
 
 Eager, they are run on chunks of tokens, since each operation writes its result to memory; operations in place are there
 because fresh memory costs more than arithmetic on a CPU. Through Inductor a chunk's intermediates stay in registers and
@@ -36,7 +36,7 @@ def default_chunk_tokens(num_columns: int, device: torch.device) -> int:
 
 @cache
 def compiled_kernel(kernel: Callable) -> Callable:
-    """`kernel` through Inductor: compiled at its first call (seconds), and again for another width or dtype.
+    """``kernel`` through Inductor: compiled at its first call (seconds), and again for another width or dtype.
 
     The number of tokens is left open, the number of columns is not: loops over columns of a known length vectorise best.
     """
@@ -63,7 +63,7 @@ def finite_or_zero(maximum: Tensor) -> Tensor:
 
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """`weights * values` with 0 * inf = 0, so that impossible tokens cost nothing; NaN weights stay NaN."""
+    """``weights * values`` with 0 * inf = 0, so that impossible tokens cost nothing; NaN weights stay NaN."""
     return torch.where(weights == 0, 0.0, weights * values)
 
 
@@ -79,12 +79,12 @@ def kl_statistics(z_TV: Tensor, t_TV: Tensor, excluded_V: Tensor | None, inverse
     models' logits sit at different offsets.
 
     Args:
-        z_TV, t_TV: `[T, V]` logits of the student and the teacher for the same columns.
-        excluded_V: `[V]` bool columns to leave out, or None.
+        z_TV, t_TV: ``[T, V]`` logits of the student and the teacher for the same columns.
+        excluded_V: ``[V]`` bool columns to leave out, or None.
         inverse_temperature: 1 / temperature, applied to both.
 
     Returns:
-        `[T, 8]` in the compute dtype.
+        ``[T, 8]`` in the compute dtype.
     """
     dtype = compute_dtype(z_TV)
     z, t = z_TV.to(dtype) * inverse_temperature, t_TV.to(dtype) * inverse_temperature
@@ -110,7 +110,7 @@ def kl_statistics(z_TV: Tensor, t_TV: Tensor, excluded_V: Tensor | None, inverse
 
 
 def merge_statistics(stats_RTS: Tensor) -> Tensor:
-    """Join the statistics of R shards into those of their union, `[T, 8]`.
+    """Join the statistics of R shards into those of their union, ``[T, 8]``.
 
     Rescaling shard r from its own maxima to the common ones shifts a by da = max_r z - max z (and b by db), so
 
@@ -149,19 +149,19 @@ def kl_gradient_(
     upstream_T: Tensor,
     inverse_temperature: float,
 ) -> None:
-    """Write d loss / d z for the columns of one shard into `out_TV`, which may be `z_TV` itself.
+    """Write d loss / d z for the columns of one shard into ``out_TV``, which may be ``z_TV`` itself.
 
         upstream / temperature * (w q ((log q - log p) - KL(q||p)) + (1 - w) (q - p))
 
     Elementwise given the normalisers: no sum over the vocabulary, hence no collective.
 
     Args:
-        out_TV: `[T, V]`, written.
-        z_TV, t_TV: `[T, V]` logits of the student and the teacher.
-        normalisers_T5: `[T, 5]`: max z, log sum e^a, max t, log sum e^b, KL(q||p). Maximum and logarithm are kept apart
+        out_TV: ``[T, V]``, written.
+        z_TV, t_TV: ``[T, V]`` logits of the student and the teacher.
+        normalisers_T5: ``[T, 5]``: max z, log sum e^a, max t, log sum e^b, KL(q||p). Maximum and logarithm are kept apart
             because their sum would round away the logarithm where logits are in the thousands.
-        weight_T: `[T]`, the reverse-KL weight w.
-        upstream_T: `[T]`, the gradient that reached the token's loss.
+        weight_T: ``[T]``, the reverse-KL weight w.
+        upstream_T: ``[T]``, the gradient that reached the token's loss.
         inverse_temperature: 1 / temperature.
     """
     log_q, log_p = log_probs(z_TV, t_TV, normalisers_T5, inverse_temperature)
@@ -172,7 +172,7 @@ def kl_gradient_(
 
 
 def softmax_statistics(z_TV: Tensor, inverse_temperature: float) -> Tensor:
-    """max z, sum e^a and sum e^a a of every token, with a = z - max z: `[T, 3]`; one model's part of `kl_statistics`."""
+    """max z, sum e^a and sum e^a a of every token, with a = z - max z: ``[T, 3]``; one model's part of ``kl_statistics``."""
     z = z_TV.to(compute_dtype(z_TV)) * inverse_temperature
     max_z = z.amax(dim=1, keepdim=True)
     a = z - finite_or_zero(max_z)
@@ -181,7 +181,7 @@ def softmax_statistics(z_TV: Tensor, inverse_temperature: float) -> Tensor:
 
 
 def merge_softmax_statistics(stats_RTS: Tensor) -> Tensor:
-    """Join the `softmax_statistics` of R shards into those of their union, `[T, 3]`."""
+    """Join the ``softmax_statistics`` of R shards into those of their union, ``[T, 3]``."""
     max_RT, mass, inner = stats_RTS.unbind(dim=2)
     maximum = max_RT.amax(dim=0)
     shift = max_RT - finite_or_zero(maximum)
@@ -199,16 +199,16 @@ def softmax_gradient_(
     entropy_T: Tensor,
     inverse_temperature: float,
 ) -> None:
-    """Write `(upstream q - entropy_upstream q (log q + H)) / temperature` into `out_TV`, which may be `z_TV` itself.
+    """Write ``(upstream q - entropy_upstream q (log q + H)) / temperature`` into ``out_TV``, which may be ``z_TV`` itself.
 
     The first term is the gradient of upstream times the log-sum-exp, the second that of entropy_upstream times H(q).
 
     Args:
-        out_TV: `[T, V]`, written.
-        z_TV: `[T, V]` logits.
-        normalisers_T2: `[T, 2]`: max z and log sum e^a.
-        upstream_T, entropy_upstream_T: `[T]`.
-        entropy_T: `[T]`, H(q) in nats.
+        out_TV: ``[T, V]``, written.
+        z_TV: ``[T, V]`` logits.
+        normalisers_T2: ``[T, 2]``: max z and log sum e^a.
+        upstream_T, entropy_upstream_T: ``[T]``.
+        entropy_T: ``[T]``, H(q) in nats.
         inverse_temperature: 1 / temperature.
     """
     max_z, log_z = normalisers_T2.unsqueeze(2).unbind(dim=1)
@@ -220,18 +220,18 @@ def softmax_gradient_(
 
 
 def rest_statistics(z_TV: Tensor, columns_TN: Tensor, inverse_temperature: float) -> Tensor:
-    """`softmax_statistics` of the columns that are not chosen.
+    """``softmax_statistics`` of the columns that are not chosen.
 
     They are summed by themselves. Subtracting the chosen columns' mass from the total instead would leave rounding noise
     in place of a tail of 1e-6, which is what a confident model has.
 
     Args:
-        z_TV: `[T, V]` logits.
-        columns_TN: `[T, N]` int64 columns to leave out; V for none.
+        z_TV: ``[T, V]`` logits.
+        columns_TN: ``[T, N]`` int64 columns to leave out; V for none.
         inverse_temperature: 1 / temperature.
 
     Returns:
-        `[T, 3]`.
+        ``[T, 3]``.
     """
     return softmax_statistics(without_columns(z_TV, columns_TN), inverse_temperature)
 
@@ -245,7 +245,7 @@ def without_columns(z_TV: Tensor, columns_TN: Tensor) -> Tensor:
 
 
 def compiled_rest_statistics(z_TV: Tensor, columns_TN: Tensor, inverse_temperature: float) -> Tensor:
-    """`rest_statistics`, compiled but for the scatter."""
+    """``rest_statistics``, compiled but for the scatter."""
     return compiled_kernel(softmax_statistics)(without_columns(z_TV, columns_TN), inverse_temperature)
 
 
@@ -258,17 +258,17 @@ def rest_gradient_(
     upstream_T: Tensor,
     inverse_temperature: float,
 ) -> None:
-    """Write the gradient of what is made of chosen columns and the log-sum-exp of the rest into `out_TV`.
+    """Write the gradient of what is made of chosen columns and the log-sum-exp of the rest into ``out_TV``.
 
         upstream / temperature * (rest_grad e^(z - max) / sum, or chosen_grad in the chosen columns)
 
     Args:
-        out_TV: `[T, V]`, written.
-        z_TV: `[T, V]` logits.
-        columns_TN: `[T, N]` as in `rest_statistics`; distinct per token, but for V.
-        chosen_grad_TN: `[T, N]`, the gradient to each chosen logit.
-        rest_T3: `[T, 3]`: the rest's max z, log sum e^a, and the gradient to its log-sum-exp.
-        upstream_T: `[T]`.
+        out_TV: ``[T, V]``, written.
+        z_TV: ``[T, V]`` logits.
+        columns_TN: ``[T, N]`` as in ``rest_statistics``; distinct per token, but for V.
+        chosen_grad_TN: ``[T, N]``, the gradient to each chosen logit.
+        rest_T3: ``[T, 3]``: the rest's max z, log sum e^a, and the gradient to its log-sum-exp.
+        upstream_T: ``[T]``.
         inverse_temperature: 1 / temperature.
     """
     rest_max, rest_log, rest_grad = rest_T3.unsqueeze(2).unbind(dim=1)
@@ -285,9 +285,9 @@ def rest_gradient_(
 
 
 class Mixture(NamedTuple):
-    """`p_weight KL(p || m) + q_weight KL(q || m)` with the mixture `m = p_share p + (1 - p_share) q`.
+    """``p_weight KL(p || m) + q_weight KL(q || m)`` with the mixture ``m = p_share p + (1 - p_share) q``.
 
-    Every divergence of the skew and Jensen-Shannon family is one choice of the three numbers; `mixture` names them.
+    Every divergence of the skew and Jensen-Shannon family is one choice of the three numbers; ``mixture`` names them.
     """
 
     p_weight: float
@@ -296,7 +296,7 @@ class Mixture(NamedTuple):
 
 
 def log_share(share: Tensor, excess: Tensor) -> Tensor:
-    """log(share) of a probability's share in a mixture, `share = 1 + excess`, by whichever of the two is precise.
+    """log(share) of a probability's share in a mixture, ``share = 1 + excess``, by whichever of the two is precise.
 
     Where the models agree the share is near 1 and log1p of the excess keeps what share has rounded away: for nearly equal
     models a thousand times more accurate than a difference of logarithms, and bounded. Where the share is small the
@@ -308,7 +308,7 @@ def log_share(share: Tensor, excess: Tensor) -> Tensor:
 def mixture_terms(log_q: Tensor, log_p: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
     """Each column's term of the divergence, and its derivative with respect to the column's q.
 
-    With g = (p - q) / m, q / m = 1 - p_share g and p / m = 1 + (1 - p_share) g: see `log_share`.
+    With g = (p - q) / m, q / m = 1 - p_share g and p / m = 1 + (1 - p_share) g: see ``log_share``.
 
     term = p_weight (p log(p / m) + m - p) + q_weight (q log(q / m) + m - q)
     d/dq = q_weight (log(q / m) + 1) - (1 - p_share) (p_weight p + q_weight q) / m
@@ -328,7 +328,7 @@ def mixture_terms(log_q: Tensor, log_p: Tensor, mixture: Mixture) -> tuple[Tenso
 
 
 def log_probs(z_TV: Tensor, t_TV: Tensor, normalisers_T5: Tensor, inverse_temperature: float) -> tuple[Tensor, Tensor]:
-    """log q and log p of the columns, from the logits and the normalisers of `kl_gradient_`."""
+    """log q and log p of the columns, from the logits and the normalisers of ``kl_gradient_``."""
     dtype = compute_dtype(z_TV)
     max_z, log_z, max_t, log_t, _ = normalisers_T5.unsqueeze(2).unbind(dim=1)
     return (
@@ -345,7 +345,7 @@ def mixture_statistics(
     mixture: Mixture,
     inverse_temperature: float,
 ) -> Tensor:
-    """The divergence over the columns of one shard, and sum q d/dq, which centres its gradient: `[T, 2]`, to be added up."""
+    """The divergence over the columns of one shard, and sum q d/dq, which centres its gradient: ``[T, 2]``, to be added up."""
     log_q, log_p = log_probs(z_TV, t_TV, normalisers_T5, inverse_temperature)
     if excluded_V is not None:
         log_q, log_p = log_q.masked_fill(excluded_V, -torch.inf), log_p.masked_fill(excluded_V, -torch.inf)
@@ -364,7 +364,7 @@ def mixture_gradient_(
     mixture: Mixture,
     inverse_temperature: float,
 ) -> None:
-    """Write `upstream / temperature * q (d/dq - sum q d/dq)` into `out_TV`, which may be `z_TV` itself."""
+    """Write ``upstream / temperature * q (d/dq - sum q d/dq)`` into ``out_TV``, which may be ``z_TV`` itself."""
     log_q, log_p = log_probs(z_TV, t_TV, normalisers_T5, inverse_temperature)
     _, slope = mixture_terms(log_q, log_p, mixture)
     grad = weighted(log_q.exp(), slope - mean_slope_T.unsqueeze(1))

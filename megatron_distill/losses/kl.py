@@ -1,6 +1,6 @@
 """KL divergences over a vocabulary that is sharded across tensor-parallel ranks: forward, reverse and every mix.
 
-In: the two models' logits for the same tokens, each rank holding its own columns. Out: a `KLTerms` per token, whose `loss`
+In: the two models' logits for the same tokens, each rank holding its own columns. Out: a ``KLTerms`` per token, whose ``loss``
 has gradients to the student. One pass over the logits, one collective forward, none backward; 24 bytes per token are
 saved for the backward (and 8 per stop-token group), whatever the vocabulary.
 
@@ -54,7 +54,7 @@ class KLSummary(NamedTuple):
     """What the vocabulary of each token came to, the same on every rank.
 
     Args:
-        normalisers_T5: see `kl_gradient_`.
+        normalisers_T5: see ``kl_gradient_``.
         forward_kl_T, student_entropy_T, teacher_entropy_T: nats.
         student_outcomes_TO, teacher_outcomes_TO: logits of the outcomes made of extras.
     """
@@ -80,18 +80,18 @@ def distill_kl(
     backend: Backend | None = None,
     grad_in_place: bool = False,
 ) -> KLTerms:
-    """`w KL(student || teacher) + (1 - w) KL(teacher || student)` of every token, over the whole vocabulary.
+    """``w KL(student || teacher) + (1 - w) KL(teacher || student)`` of every token, over the whole vocabulary.
 
     The linear mix of arXiv 2605.16826: w = 1 is the objective of on-policy distillation, w = 0 that of training on soft
-    targets. In logits the gradient is `w q ((log q - log p) - KL(q||p)) + (1 - w) (q - p)`. No factor temperature**2
+    targets. In logits the gradient is ``w q ((log q - log p) - KL(q||p)) + (1 - w) (q - p)``. No factor temperature**2
     is applied: multiply the loss by it to keep gradients comparable across temperatures.
 
     A token that only the teacher rules out (logit -inf) makes the reverse KL infinite, and infinity is what is reported;
     one that both rule out costs nothing. NaN in either model's logits becomes NaN in that token's loss.
 
     Args:
-        student_logits: `[..., V]`, this rank's columns; bf16, fp16, fp32 or fp64. Arithmetic is fp32 (fp64 for fp64).
-        teacher_logits: `[..., V']` for the same tokens. V' may differ from V: give `vocab_size` then. No gradient.
+        student_logits: ``[..., V]``, this rank's columns; bf16, fp16, fp32 or fp64. Arithmetic is fp32 (fp64 for fp64).
+        teacher_logits: ``[..., V']`` for the same tokens. V' may differ from V: give ``vocab_size`` then. No gradient.
         reverse_kl_weight: w in [0, 1]: one number, or a tensor with one per token.
         temperature: divides both models' logits.
         tp_group: the tensor-parallel group that the columns are sharded over, rank r holding columns [r V, (r + 1) V);
@@ -101,7 +101,7 @@ def distill_kl(
         stop_token_groups: ids that are one action, such as ((151643, 151645),). Each group's probability is summed in
             both models before they are compared, so which member ends a response costs nothing.
         chunk_tokens: tokens per chunk of intermediates; None picks by device. Changes memory and speed, not results.
-        backend: who does the arithmetic; None picks by device (see `backends`). Changes speed, not results.
+        backend: who does the arithmetic; None picks by device (see ``backends``). Changes speed, not results.
         grad_in_place: write the student's gradient over its logits during the backward, which saves a buffer of their
             size. Nothing else may need the logits by then; autograd raises if something does.
 
@@ -110,7 +110,7 @@ def distill_kl(
 
     Raises:
         LossError: a weight outside [0, 1], a temperature that is not positive, shapes that do not fit, or a fault named
-            in `vocab_shards`. In the backward: the logits were overwritten after the loss was taken.
+            in ``vocab_shards``. In the backward: the logits were overwritten after the loss was taken.
     """
     check_pair(student_logits, teacher_logits, temperature)
     num_columns = student_logits.shape[-1]
@@ -133,7 +133,7 @@ def distill_kl(
 
 
 class KLPlan(NamedTuple):
-    """How one call walks over its tokens: the arguments of `distill_kl`, resolved."""
+    """How one call walks over its tokens: the arguments of ``distill_kl``, resolved."""
 
     shards: VocabShards
     inverse_temperature: float
@@ -150,7 +150,7 @@ def check_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     """Refuse logits that are not about the same tokens.
 
     Raises:
-        LossError: see `distill_kl`.
+        LossError: see ``distill_kl``.
     """
     if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
         raise LossError(
@@ -173,7 +173,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def reverse_kl_weights(weight: float | Tensor, logits: Tensor) -> Tensor:
-    """The reverse-KL weight of every token, `[T]` in the compute dtype.
+    """The reverse-KL weight of every token, ``[T]`` in the compute dtype.
 
     Raises:
         LossError: a number outside [0, 1], or a tensor that is not one per token.
@@ -195,7 +195,7 @@ def reverse_kl_weights(weight: float | Tensor, logits: Tensor) -> Tensor:
 
 
 def local_statistics(student_TV: Tensor, teacher_TV: Tensor, plan: KLPlan) -> tuple[Tensor, Tensor]:
-    """One chunk's statistics `[T, 8]` over this rank's core, and its share of both models' extras, `[T, 2 X]`."""
+    """One chunk's statistics ``[T, 8]`` over this rank's core, and its share of both models' extras, ``[T, 2 X]``."""
     shards, dtype = plan.shards, compute_dtype(student_TV)
     core_z, core_t = student_TV[:, shards.student.core], teacher_TV[:, shards.teacher.core]
     if core_z.shape[1]:
@@ -208,7 +208,7 @@ def local_statistics(student_TV: Tensor, teacher_TV: Tensor, plan: KLPlan) -> tu
 
 
 def _statistics_of_nothing(num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`kl_statistics` over no columns: maxima of -inf, sums of 0."""
+    """``kl_statistics`` over no columns: maxima of -inf, sums of 0."""
     row = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
     return row.expand(num_tokens, -1)
 
@@ -223,7 +223,7 @@ def summarise_logits(
 
 
 def summarise(exchanged: Sequence[tuple[Tensor, Tensor]], shards: VocabShards) -> KLSummary:
-    """From all chunks' exchanged `local_statistics` to the KLs and entropies of every token, over all ranks and outcomes.
+    """From all chunks' exchanged ``local_statistics`` to the KLs and entropies of every token, over all ranks and outcomes.
 
     With A = sum e^a and B = sum e^b over the whole vocabulary, KL(q||p) = sum e^a (a - b) / A - (log A - log B) and
     H(q) = log A - sum e^a a / A, and likewise the other way round.
@@ -248,7 +248,7 @@ def summarise(exchanged: Sequence[tuple[Tensor, Tensor]], shards: VocabShards) -
 
 
 def mixed_loss(weight_T: Tensor, reverse_kl_T: Tensor, forward_kl_T: Tensor) -> Tensor:
-    """`w reverse + (1 - w) forward`, in which an infinite term of weight 0 counts as 0."""
+    """``w reverse + (1 - w) forward``, in which an infinite term of weight 0 counts as 0."""
     return weighted(weight_T, reverse_kl_T) + weighted(1 - weight_T, forward_kl_T)
 
 
@@ -261,11 +261,11 @@ def write_gradient(
     upstream_T: Tensor,
     plan: KLPlan,
 ) -> None:
-    """Write one chunk's gradient to all of this rank's student columns into `out_TV`, which may be `student_TV`.
+    """Write one chunk's gradient to all of this rank's student columns into ``out_TV``, which may be ``student_TV``.
 
     Args:
-        summary: `normalisers_T5`, `student_outcomes_TO`, `teacher_outcomes_TO` of the chunk.
-        weight_T, upstream_T: as in `kl_gradient_`.
+        summary: ``normalisers_T5``, ``student_outcomes_TO``, ``teacher_outcomes_TO`` of the chunk.
+        weight_T, upstream_T: as in ``kl_gradient_``.
     """
     shards, held = plan.shards, plan.shards.student
     normalisers_T5 = summary[0]
@@ -285,7 +285,7 @@ def write_gradient(
 def outcome_gradient(
     student_TV: Tensor, summary: tuple[Tensor, Tensor, Tensor], weight_T: Tensor, upstream_T: Tensor, plan: KLPlan
 ) -> Tensor | None:
-    """Gradient to the extras held here, `[T, n]`: an outcome's gradient times the column's share of its probability."""
+    """Gradient to the extras held here, ``[T, n]``: an outcome's gradient times the column's share of its probability."""
     held: LocalColumns = plan.shards.student
     if not held.columns.numel():
         return None
@@ -304,7 +304,7 @@ def finite_share(outcome: Tensor) -> Tensor:
 
 
 def saved_logits(ctx: Any) -> tuple[Tensor, ...]:
-    """`ctx.saved_tensors`, or an error that names the usual culprit.
+    """``ctx.saved_tensors``, or an error that names the usual culprit.
 
     Autograd compares each tensor's version counter with the one it had when it was saved.
 

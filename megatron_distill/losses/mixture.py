@@ -1,6 +1,6 @@
 """Divergences to a mixture of teacher and student: generalised Jensen-Shannon and skew KL.
 
-In and out as in `kl`, whose statistics, exchange and conventions they share. The mixture needs both normalisers before its
+In and out as in ``kl``, whose statistics, exchange and conventions they share. The mixture needs both normalisers before its
 own sum over the vocabulary can start: two passes and two collectives forward, one pass and none backward.
 
 Unlike the plain KLs these are bounded: a token that one model rules out costs at most a constant.
@@ -48,13 +48,13 @@ def distill_jsd(
     Args:
         teacher_weight: b in (0, 1).
         student_logits, teacher_logits, temperature, tp_group, vocab_size, stop_token_groups, chunk_tokens, backend:
-            as in `distill_kl`.
+            as in ``distill_kl``.
 
     Returns:
         KLTerms; the two KLs and entropies come from the same statistics.
 
     Raises:
-        LossError: `teacher_weight` outside (0, 1), or as in `distill_kl`.
+        LossError: ``teacher_weight`` outside (0, 1), or as in ``distill_kl``.
     """
     _check_open_interval("teacher_weight", teacher_weight)
     mixture = Mixture(p_weight=teacher_weight, q_weight=1 - teacher_weight, p_share=teacher_weight)
@@ -83,13 +83,13 @@ def distill_skew_kl(
         reverse: which of the two.
         skew: a in (0, 1); small values stay close to the plain KL while bounding it by -log a.
         student_logits, teacher_logits, temperature, tp_group, vocab_size, stop_token_groups, chunk_tokens, backend:
-            as in `distill_kl`.
+            as in ``distill_kl``.
 
     Returns:
         KLTerms; its two KLs are the plain ones.
 
     Raises:
-        LossError: `skew` outside (0, 1), or as in `distill_kl`.
+        LossError: ``skew`` outside (0, 1), or as in ``distill_kl``.
     """
     _check_open_interval("skew", skew)
     mixture = Mixture(0.0, 1.0, 1 - skew) if reverse else Mixture(1.0, 0.0, skew)
@@ -128,7 +128,7 @@ def _mixture_divergence(
 
 
 class _MixtureDivergence(torch.autograd.Function):
-    """Normalisers first (`summarise`), then the mixture's own two sums; the backward is elementwise from both."""
+    """Normalisers first (``summarise``), then the mixture's own two sums; the backward is elementwise from both."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
 """The policy-gradient loss of the reinforcement stage: clipped, importance-weighted, with an optional reference KL.
 
-In: log-probabilities of the written tokens (`vocab_parallel_logprobs` for the trainer's, which carry the gradient; the
-rest are data) and an advantage per token. Out: a `PolicyTerms` per token. Masks, sums and the division by a token or
+In: log-probabilities of the written tokens (``vocab_parallel_logprobs`` for the trainer's, which carry the gradient; the
+rest are data) and an advantage per token. Out: a ``PolicyTerms`` per token. Masks, sums and the division by a token or
 sequence count are the caller's: they decide between GRPO, DAPO and Dr. GRPO, and belong where global counts are known.
 """
 
@@ -14,7 +14,7 @@ from megatron_distill.errors import LossError
 
 
 class PolicyTerms(NamedTuple):
-    """Per-token results; `loss` alone has gradients.
+    """Per-token results; ``loss`` alone has gradients.
 
     Args:
         loss: what to minimise.
@@ -50,24 +50,24 @@ def policy_gradient_loss(
     clip_high > clip_low is DAPO's clip-higher (arXiv 2503.14476), which leaves unlikely tokens room to rise.
 
     The gradient of k3 is, in expectation over the student's samples, that of the *forward* KL(reference || student), as
-    `sampled_kl` explains. It is kept here because it is what GRPO trains with; its fixed point is the same.
+    ``sampled_kl`` explains. It is kept here because it is what GRPO trains with; its fixed point is the same.
 
     Args:
-        logprobs: `[...]`, log-probabilities under the student being trained, nats; with gradient.
-        old_logprobs: `[...]`, the same under the student as it was when the step's rollouts were scored by the trainer.
-            Pass `logprobs.detach()` for one optimizer step per batch of rollouts.
-        advantages: `[...]`, one per token.
+        logprobs: ``[...]``, log-probabilities under the student being trained, nats; with gradient.
+        old_logprobs: ``[...]``, the same under the student as it was when the step's rollouts were scored by the trainer.
+            Pass ``logprobs.detach()`` for one optimizer step per batch of rollouts.
+        advantages: ``[...]``, one per token.
         clip_low, clip_high: how far the ratio may fall below and rise above 1 before its gain stops counting.
-        importance_weights: `[...]`, constants that correct for a sampler whose log-probabilities differ from the
-            trainer's; see `truncated_importance_weights`. None for 1.
-        ref_logprobs: `[...]`, log-probabilities under the reference model, nats.
+        importance_weights: ``[...]``, constants that correct for a sampler whose log-probabilities differ from the
+            trainer's; see ``truncated_importance_weights``. None for 1.
+        ref_logprobs: ``[...]``, log-probabilities under the reference model, nats.
         ref_kl_coef: weight of the penalty.
 
     Returns:
         PolicyTerms.
 
     Raises:
-        LossError: a negative clip or coefficient, `clip_low` of 1 or more, a coefficient without reference, or shapes
+        LossError: a negative clip or coefficient, ``clip_low`` of 1 or more, a coefficient without reference, or shapes
             that differ.
     """
     _check(clip_low, clip_high, ref_kl_coef, ref_logprobs)
@@ -114,17 +114,17 @@ def _check(clip_low: float, clip_high: float, ref_kl_coef: float, ref_logprobs: 
 
 
 def truncated_importance_weights(trainer_logprobs: Tensor, sampler_logprobs: Tensor, *, max_weight: float) -> Tensor:
-    """`min(exp(trainer - sampler), max_weight)` of every token: corrects for tokens drawn by a slightly other student.
+    """``min(exp(trainer - sampler), max_weight)`` of every token: corrects for tokens drawn by a slightly other student.
 
     An inference engine's kernels and stale weights make its distribution differ from the trainer's. The weight restores
     the expectation, truncation bounds the variance at the price of a bias towards the sampler.
 
     Args:
-        trainer_logprobs, sampler_logprobs: `[...]`, nats, of the same tokens under the trainer and the engine.
+        trainer_logprobs, sampler_logprobs: ``[...]``, nats, of the same tokens under the trainer and the engine.
         max_weight: the cap; 2 is usual.
 
     Returns:
-        `[...]` weights without gradient.
+        ``[...]`` weights without gradient.
 
     Raises:
         LossError: the cap is not positive.

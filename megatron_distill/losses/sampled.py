@@ -1,10 +1,10 @@
 """Losses that see one token per position: its log-probability, its entropy, and what can be made of samples alone.
 
-In: the student's sharded logits and the token that was written. Out: `vocab_parallel_logprobs`, differentiable, in one
-collective forward and none backward; and from log-probabilities, `sampled_kl` and `log_ratio_reward`.
+In: the student's sharded logits and the token that was written. Out: ``vocab_parallel_logprobs``, differentiable, in one
+collective forward and none backward; and from log-probabilities, ``sampled_kl`` and ``log_ratio_reward``.
 
 A sampled estimator has a value and a gradient, and they need not estimate the same thing: back-propagating through an
-unbiased *value* is not an unbiased *gradient*, because the samples depend on the student too. `sampled_kl` therefore
+unbiased *value* is not an unbiased *gradient*, because the samples depend on the student too. ``sampled_kl`` therefore
 asks which divergence is wanted and who wrote the tokens, and refuses what would descend on something else.
 """
 
@@ -47,15 +47,15 @@ def vocab_parallel_logprobs(
 ) -> TokenTerms:
     """Log-probability of the given tokens and entropy of the distributions that they came from.
 
-    The entropy is exact (full vocabulary). The result is replicated over tensor-parallel ranks, as `kl` explains: take
+    The entropy is exact (full vocabulary). The result is replicated over tensor-parallel ranks, as ``kl`` explains: take
     the gradient of the one loss built from it, and sum over data-parallel ranks only.
 
     Args:
-        logits: `[..., V]`, this rank's columns.
-        token_ids: `[...]` integers. An id outside the vocabulary (a -100 that marks padding, say) gives NaN: replace it
-            by any real id first, and mask the loss with `torch.where`.
+        logits: ``[..., V]``, this rank's columns.
+        token_ids: ``[...]`` integers. An id outside the vocabulary (a -100 that marks padding, say) gives NaN: replace it
+            by any real id first, and mask the loss with ``torch.where``.
         temperature: divides the logits; that of sampling, if the log-probabilities are to match a sampler's.
-        tp_group, vocab_size, chunk_tokens, backend: as in `distill_kl`.
+        tp_group, vocab_size, chunk_tokens, backend: as in ``distill_kl``.
 
     Returns:
         TokenTerms in the compute dtype.
@@ -194,8 +194,8 @@ def sampled_kl(
     a probability ratio, hence have heavy tails when the models are far apart.
 
     Args:
-        student_logprobs: `[...]`, of the written tokens, nats; with gradient.
-        teacher_logprobs: `[...]`, the same under the teacher.
+        student_logprobs: ``[...]``, of the written tokens, nats; with gradient.
+        teacher_logprobs: ``[...]``, the same under the teacher.
         direction: which KL to descend on.
         sampled_from: who wrote the tokens.
         estimator: which estimator.
@@ -225,17 +225,17 @@ def sampled_kl(
 
 
 def log_ratio_reward(student_logprobs: Tensor, teacher_logprobs: Tensor, *, clip_nats: float | None = None) -> Tensor:
-    """`log p - log q` of every token that the student wrote, detached: the reward whose policy gradient is the reverse KL's.
+    """``log p - log q`` of every token that the student wrote, detached: the reward whose policy gradient is the reverse KL's.
 
-    For use as (part of) an advantage in `policy_gradient_loss`. Unclipped it is unbiased but unbounded: single tokens
+    For use as (part of) an advantage in ``policy_gradient_loss``. Unclipped it is unbiased but unbounded: single tokens
     reach -50 and drown a batch. Clipping bounds that and biases the gradient at the clipped tokens only.
 
     Args:
-        student_logprobs, teacher_logprobs: `[...]`, nats.
+        student_logprobs, teacher_logprobs: ``[...]``, nats.
         clip_nats: largest magnitude, or None.
 
     Returns:
-        `[...]`, nats, without gradient.
+        ``[...]``, nats, without gradient.
 
     Raises:
         LossError: a clip that is not positive.

@@ -1,17 +1,17 @@
 """Where the columns of a vocabulary live on one tensor-parallel rank, and the one exchange that the losses need.
 
 In: the local widths of the student's and the teacher's logits, the true vocabulary size, the stop-token groups, and the
-process group. Out: a `VocabShards`, which splits every rank's columns into
+process group. Out: a ``VocabShards``, which splits every rank's columns into
 
 * the *core*: ordinary tokens whose student and teacher logits are both on this rank. Almost everything; it is summarised
   here, column by column, and only the summary travels.
 * the *extras*: the few columns whose logits travel themselves, because one rank alone cannot turn them into a term of
   the loss: members of a stop-token group (their probabilities are summed first), and columns that land on different
   ranks for the two models when these are padded to different widths.
-* padding, on any rank: at or above `vocab_size`; it is never read and its gradient is zero.
+* padding, on any rank: at or above ``vocab_size``; it is never read and its gradient is zero.
 
 After the exchange the extras form a handful of *outcomes*, the same on every rank, that enter the loss like one more
-shard. Names to know: `VocabShards`, `vocab_shards`, `start_exchange`.
+shard. Names to know: ``VocabShards``, ``vocab_shards``, ``start_exchange``.
 
 Shape suffixes in this package: T tokens, V one rank's columns, C core columns, X extras, O outcomes made of extras,
 S statistics of a shard, R tensor-parallel ranks, K ids chosen per token.
@@ -36,8 +36,8 @@ class LocalColumns:
 
     Args:
         core: slice of the rank's columns that form the core.
-        columns: `[n]` int64, local columns of the extras held here.
-        places: `[n]` int64, where each of them stands among all X extras.
+        columns: ``[n]`` int64, local columns of the extras held here.
+        places: ``[n]`` int64, where each of them stands among all X extras.
     """
 
     core: slice
@@ -51,11 +51,11 @@ class VocabShards:
 
     Args:
         student, teacher: what this rank holds of either model.
-        core_excluded: `[C]` bool, core columns that are counted as extras instead; None when there are none.
+        core_excluded: ``[C]`` bool, core columns that are counted as extras instead; None when there are none.
         num_extras: X, the columns that travel.
-        num_single: the first `num_single` extras are outcomes of their own.
-        group_bounds: `(start, stop)` among the extras of each stop-token group; each is one outcome.
-        outcome_of_extra: `[X]` int64, the outcome that each extra belongs to.
+        num_single: the first ``num_single`` extras are outcomes of their own.
+        group_bounds: ``(start, stop)`` among the extras of each stop-token group; each is one outcome.
+        outcome_of_extra: ``[X]`` int64, the outcome that each extra belongs to.
     """
 
     student: LocalColumns
@@ -72,14 +72,14 @@ class VocabShards:
         return self.num_single + len(self.group_bounds)
 
     def extras(self, logits_TV: Tensor, held: LocalColumns, inverse_temperature: float, dtype: torch.dtype) -> Tensor:
-        """This rank's share of the extras' logits, `[T, X]`: zero where another rank holds the column."""
+        """This rank's share of the extras' logits, ``[T, X]``: zero where another rank holds the column."""
         extras_TX = torch.zeros(logits_TV.shape[0], self.num_extras, dtype=dtype, device=logits_TV.device)
         if held.columns.numel():
             extras_TX[:, held.places] = logits_TV[:, held.columns].to(dtype) * inverse_temperature
         return extras_TX
 
     def outcomes(self, extras_TX: Tensor) -> Tensor:
-        """Logits of the outcomes, `[T, O]`: an extra on its own, or the log-sum-exp over a stop-token group."""
+        """Logits of the outcomes, ``[T, O]``: an extra on its own, or the log-sum-exp over a stop-token group."""
         merged = [torch.logsumexp(extras_TX[:, start:stop], dim=1, keepdim=True) for start, stop in self.group_bounds]
         return torch.cat([extras_TX[:, : self.num_single], *merged], dim=1)
 
@@ -151,7 +151,7 @@ def vocab_shards(
         device: where the index tensors go.
 
     Raises:
-        LossError: see `resolve_vocab_size` and `check_stop_token_groups`.
+        LossError: see ``resolve_vocab_size`` and ``check_stop_token_groups``.
     """
     size = tp_group.size() if tp_group is not None else 1
     rank = tp_group.rank() if tp_group is not None else 0
@@ -222,20 +222,20 @@ def _plan(
 
 
 def _outside(held: range, core: range) -> tuple[range, range]:
-    """The columns of `held` before and after `core`."""
+    """The columns of ``held`` before and after ``core``."""
     if not len(core):
         return held, range(0)
     return range(held.start, core.start), range(core.stop, held.stop)
 
 
 class Exchange:
-    """An exchange under way: `wait` for what every rank then holds."""
+    """An exchange under way: ``wait`` for what every rank then holds."""
 
     def __init__(self, packed: Tensor, num_stats: int, size: int, work: dist.Work | None) -> None:
         self._packed, self._num_stats, self._size, self._work = packed, num_stats, size, work
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        """`[R, T, S]` statistics and `[T, X]` columns, the same on every rank."""
+        """``[R, T, S]`` statistics and ``[T, X]`` columns, the same on every rank."""
         if self._work is not None:
             self._work.wait()
         slots = self._size * self._num_stats
@@ -250,8 +250,8 @@ def start_exchange(stats_TS: Tensor, columns_TX: Tensor, tp_group: dist.ProcessG
     the columns, whoever holds them. Adding zeros is exact, infinities and NaN included.
 
     Args:
-        stats_TS: `[T, S]`, this rank's statistics.
-        columns_TX: `[T, X]`, zero where another rank holds the column.
+        stats_TS: ``[T, S]``, this rank's statistics.
+        columns_TX: ``[T, X]``, zero where another rank holds the column.
         tp_group: the tensor-parallel group, or None for one rank (no collective).
     """
     num_tokens, num_stats = stats_TS.shape
@@ -266,5 +266,5 @@ def start_exchange(stats_TS: Tensor, columns_TX: Tensor, tp_group: dist.ProcessG
 
 
 def exchange(stats_TS: Tensor, columns_TX: Tensor, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """`start_exchange`, waited for."""
+    """``start_exchange``, waited for."""
     return start_exchange(stats_TS, columns_TX, tp_group).wait()

@@ -1,16 +1,16 @@
 """KL divergences from a teacher that was asked about K tokens per position, not about the vocabulary.
 
-In: the student's sharded logits, K token ids per position and the teacher's log-probabilities of them. Out: a `TopKTerms`
+In: the student's sharded logits, K token ids per position and the teacher's log-probabilities of them. Out: a ``TopKTerms``
 per token. One collective forward, none backward.
 
-The K ids may be the teacher's own top-k, or the student's (`vocab_parallel_topk`): a teacher that is asked for the
+The K ids may be the teacher's own top-k, or the student's (``vocab_parallel_topk``): a teacher that is asked for the
 log-probabilities of the tokens that the *student* believes in gives the better reverse KL. The arithmetic is the same,
 and so is the choice of what to do about the rest of the vocabulary:
 
-* `tail="bucket"`: all other tokens are one more outcome, K + 1 in total. By the data-processing inequality
+* ``tail="bucket"``: all other tokens are one more outcome, K + 1 in total. By the data-processing inequality
   0 <= KL_bucket <= KL, it is 0 when the models agree, and the student is held to the teacher's total on the rest.
-* `tail="renormalised"`: both models are conditioned on the K tokens. Nothing then restrains the student elsewhere.
-* `tail="dropped"`: the sum over the vocabulary is cut off after K terms. No divergence: it can be negative.
+* ``tail="renormalised"``: both models are conditioned on the K tokens. Nothing then restrains the student elsewhere.
+* ``tail="dropped"``: the sum over the vocabulary is cut off after K terms. No divergence: it can be negative.
 """
 
 import math
@@ -49,12 +49,12 @@ _TAIL_COSTS = {
 
 
 class TopKTerms(NamedTuple):
-    """Per-token results; `loss` alone has gradients.
+    """Per-token results; ``loss`` alone has gradients.
 
     Args:
         loss: what to minimise.
         forward_kl, reverse_kl: of the outcomes compared (K tokens, stop groups, tail), nats; both <= the full ones with
-            `tail="bucket"`.
+            ``tail="bucket"``.
         student_entropy: exact, of the full vocabulary with each stop-token group as one outcome, nats.
         topk_mass: the teacher's probability of the K tokens (and the stop tokens, where these were passed).
         student_topk_mass: the student's probability of the same tokens.
@@ -83,9 +83,9 @@ def distill_kl_topk(
     chunk_tokens: int | None = None,
     backend: Backend | None = None,
 ) -> TopKTerms:
-    """`w KL(student || teacher) + (1 - w) KL(teacher || student)` over K tokens and what `tail` makes of the rest.
+    """``w KL(student || teacher) + (1 - w) KL(teacher || student)`` over K tokens and what ``tail`` makes of the rest.
 
-    Stop-token groups are merged as in `distill_kl`. With `stop_logprobs` the merged outcome is exact, whoever of its
+    Stop-token groups are merged as in ``distill_kl``. With ``stop_logprobs`` the merged outcome is exact, whoever of its
     members are among the K. Without, a group merges those of its members that are, and the others stay in the tail: a
     base student that ends with a token which its teacher never ranks is then not forgiven.
 
@@ -93,24 +93,24 @@ def distill_kl_topk(
     would make the reverse KL infinite.
 
     Args:
-        student_logits: `[..., V]`, this rank's columns.
-        topk_ids: `[..., K]` integers, distinct ids per token, the same on every rank. -1 marks an unused slot; any other
+        student_logits: ``[..., V]``, this rank's columns.
+        topk_ids: ``[..., K]`` integers, distinct ids per token, the same on every rank. -1 marks an unused slot; any other
             id outside the vocabulary gives NaN.
-        topk_logprobs: `[..., K]`, the teacher's log-probabilities of them in its full distribution, nats. They must be
-            those *at* `temperature`: K log-probabilities cannot be re-tempered, since the normaliser is unknown.
+        topk_logprobs: ``[..., K]``, the teacher's log-probabilities of them in its full distribution, nats. They must be
+            those *at* ``temperature``: K log-probabilities cannot be re-tempered, since the normaliser is unknown.
         reverse_kl_weight: w in [0, 1], one number or one per token.
         tail: see the module's docstring.
         temperature: divides the student's logits.
-        tp_group, vocab_size, chunk_tokens, backend: as in `distill_kl`.
+        tp_group, vocab_size, chunk_tokens, backend: as in ``distill_kl``.
         stop_token_groups: ids that are one action.
-        stop_logprobs: `[..., n]`, the teacher's log-probabilities of all members, in the order of the groups, flattened.
+        stop_logprobs: ``[..., n]``, the teacher's log-probabilities of all members, in the order of the groups, flattened.
 
     Returns:
         TopKTerms in the compute dtype.
 
     Raises:
-        LossError: shapes that do not fit, `tail="renormalised"` with K = 1 (identically zero), or a fault named in
-            `distill_kl`.
+        LossError: shapes that do not fit, ``tail="renormalised"`` with K = 1 (identically zero), or a fault named in
+            ``distill_kl``.
     """
     check_temperature(temperature)
     shape = student_logits.shape[:-1]
@@ -205,7 +205,7 @@ def _group_members(groups: tuple[tuple[int, ...], ...], device: torch.device) ->
 
 
 def _outcomes(slots: _Slots, values_TN: Tensor, tail_T: Tensor) -> Tensor:
-    """Log-weights of the outcomes, `[T, N + G + 1]`: single slots, merged groups, tail."""
+    """Log-weights of the outcomes, ``[T, N + G + 1]``: single slots, merged groups, tail."""
     single = torch.where(slots.group_TN < 0, values_TN, -torch.inf)
     merged = [
         torch.where(slots.group_TN == index, values_TN, -torch.inf).logsumexp(dim=1, keepdim=True)
@@ -223,7 +223,7 @@ class _TopKPlan(NamedTuple):
 
 
 def _teacher_log_probs(slots: _Slots, student_rest_T: Tensor, tail: Tail) -> tuple[Tensor, Tensor]:
-    """The teacher's log-probabilities of the outcomes, `[T, N + G + 1]`, and its mass on the slots, `[T]`.
+    """The teacher's log-probabilities of the outcomes, ``[T, N + G + 1]``, and its mass on the slots, ``[T]``.
 
     Args:
         student_rest_T: the student's log-weight of everything outside the slots; -inf where there is nothing outside.
@@ -257,7 +257,7 @@ def _divergences(log_q_TO: Tensor, log_p_TO: Tensor, counted_O: Tensor, weight_T
     """KLs summed over the counted outcomes, with gradients that know the uncounted ones share the normaliser.
 
     With c = 1 for counted outcomes, else 0: grad forward = q sum(c p) - c p, and grad reverse = q (f - sum q f) with
-    f = c (log q - log p + 1). Where every outcome is counted these are the formulas of `kl_gradient_`.
+    f = c (log q - log p + 1). Where every outcome is counted these are the formulas of ``kl_gradient_``.
     """
     q, p = log_q_TO.exp(), log_p_TO.exp()
     ratio = log_q_TO - log_p_TO
@@ -344,7 +344,7 @@ class _TopKKL(torch.autograd.Function):
 
 
 def _slot_gradient(slots: _Slots, slots_TN: Tensor, outcomes_TO: Tensor, grad_TO: Tensor) -> Tensor:
-    """Gradient to each slot's logit, `[T, N]`: its own outcome's, or its share of its group's."""
+    """Gradient to each slot's logit, ``[T, N]``: its own outcome's, or its share of its group's."""
     num_slots = slots_TN.shape[1]
     grad_TN = grad_TO[:, :num_slots]
     for index in range(slots.num_groups):
@@ -368,12 +368,12 @@ def vocab_parallel_topk(
     To ask a teacher about the student's own support, or to cache an in-process teacher's.
 
     Args:
-        logits: `[..., V]`, this rank's columns.
+        logits: ``[..., V]``, this rank's columns.
         k: how many; at most the vocabulary's size.
-        temperature, tp_group, vocab_size, backend: as in `distill_kl`.
+        temperature, tp_group, vocab_size, backend: as in ``distill_kl``.
 
     Returns:
-        `[..., k]` int64 ids, most probable first, and `[..., k]` log-probabilities in the full distribution, nats; the
+        ``[..., k]`` int64 ids, most probable first, and ``[..., k]`` log-probabilities in the full distribution, nats; the
         same on every rank.
 
     Raises:
@@ -418,15 +418,15 @@ def vocab_parallel_gather_logprobs(
 ) -> Tensor:
     """Log-probabilities of several given tokens at each position, in one collective; no gradient.
 
-    A teacher beside the student answers with it for the student's own support, which `vocab_parallel_topk` gives.
+    A teacher beside the student answers with it for the student's own support, which ``vocab_parallel_topk`` gives.
 
     Args:
-        logits: `[..., V]`, this rank's columns.
-        token_ids: `[..., K]` int64, any ids of the vocabulary.
-        temperature, tp_group, vocab_size, backend: as in `distill_kl`.
+        logits: ``[..., V]``, this rank's columns.
+        token_ids: ``[..., K]`` int64, any ids of the vocabulary.
+        temperature, tp_group, vocab_size, backend: as in ``distill_kl``.
 
     Returns:
-        `[..., K]` log-probabilities in the full distribution, nats; the same on every rank.
+        ``[..., K]`` log-probabilities in the full distribution, nats; the same on every rank.
 
     Raises:
         LossError: ids and logits do not fit, or a temperature that is not positive.

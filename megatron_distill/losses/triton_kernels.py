@@ -1,4 +1,4 @@
-"""The kernels of `kernels` for a GPU, in Triton: each pass reads the logits once, and computes in fp32.
+"""The kernels of ``kernels`` for a GPU, in Triton: each pass reads the logits once, and computes in fp32.
 
 Bytes per token, for V columns of e bytes: statistics read V e of each model and write 32 bytes (KL), 8 (mixture) or 12 (one
 model); a gradient reads V e of each model and writes V e, over the logits if asked to. Excluded columns add a mask of V
@@ -8,7 +8,7 @@ Sums: one program a row, one sum per lane of a block, rescaled when a maximum gr
 column falls to depends on BLOCK, so BLOCK is a function of the width alone: the order of every sum is fixed, and
 results are the same to the bit from run to run. Gradients have no sums.
 
-`exp` and `where` stand for the approximate exponential of the hardware (2e-7) and a select. The logarithm near 1, which
+``exp`` and ``where`` stand for the approximate exponential of the hardware (2e-7) and a select. The logarithm near 1, which
 mixtures of nearly equal models hang on, is a polynomial.
 """
 
@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def _weighted(weight, value):
-    """`weight * value` with 0 * inf = 0."""
+    """``weight * value`` with 0 * inf = 0."""
     return tl.where(weight == 0, 0.0, weight * value)
 
 
@@ -72,7 +72,7 @@ def _log_prob(rows, row, stride, columns, inside, scale, normalisers, max_at, lo
 def kl_statistics(
     out, z, t, excluded, z_stride, t_stride, num_columns, scale, EXCLUDES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """See `kernels.kl_statistics`."""
+    """See ``kernels.kl_statistics``."""
     row = tl.program_id(0).to(tl.int64)
     max_z = -float("inf")
     max_t = -float("inf")
@@ -143,7 +143,7 @@ def kl_gradient(
     scale,
     BLOCK: tl.constexpr,
 ):
-    """See `kernels.kl_gradient_`."""
+    """See ``kernels.kl_gradient_``."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_columns
@@ -178,7 +178,7 @@ def mixture_statistics(
     EXCLUDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """See `kernels.mixture_statistics`."""
+    """See ``kernels.mixture_statistics``."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     slopes = tl.zeros([BLOCK], tl.float32)
@@ -226,7 +226,7 @@ def mixture_gradient(
     p_share,
     BLOCK: tl.constexpr,
 ):
-    """See `kernels.mixture_gradient_`."""
+    """See ``kernels.mixture_gradient_``."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_columns
@@ -246,7 +246,7 @@ def mixture_gradient(
 def softmax_statistics(
     out, z, chosen, z_stride, chosen_stride, num_columns, scale, EXCLUDES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """See `kernels.rest_statistics`; `chosen` is ascending in every row and ends with `num_columns`."""
+    """See ``kernels.rest_statistics``; ``chosen`` is ascending in every row and ends with ``num_columns``."""
     row = tl.program_id(0).to(tl.int64)
     max_z = -float("inf")
     sum_z = tl.zeros([BLOCK], tl.float32)
@@ -291,7 +291,7 @@ def softmax_gradient(
     scale,
     BLOCK: tl.constexpr,
 ):
-    """See `kernels.softmax_gradient_`."""
+    """See ``kernels.softmax_gradient_``."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_columns
@@ -304,7 +304,7 @@ def softmax_gradient(
 
 @triton.jit
 def rest_gradient(out, z, rest, upstream, out_stride, z_stride, num_columns, scale, BLOCK: tl.constexpr):
-    """See `kernels.rest_gradient_`; the chosen columns are `chosen_gradient`'s."""
+    """See ``kernels.rest_gradient_``; the chosen columns are ``chosen_gradient``'s."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_columns

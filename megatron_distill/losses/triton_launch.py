@@ -1,4 +1,4 @@
-"""Launches the Triton kernels with the signatures of `kernels`.
+"""Launches the Triton kernels with the signatures of ``kernels``.
 
 In: CUDA tensors, or CPU tensors in a process that started with TRITON_INTERPRET=1, where Triton's interpreter runs the same
 source. Nothing here waits for the device, and nothing depends on data: the launches can be captured in a CUDA graph once
@@ -51,7 +51,7 @@ def _floats(tensor: Tensor) -> Tensor:
 
 
 def _summarise(kernel: Any, width: int, z: Tensor, *arguments: Any, excludes: bool) -> Tensor:
-    """One program a row; `[T, width]`."""
+    """One program a row; ``[T, width]``."""
     num_tokens, num_columns = z.shape
     out = z.new_empty(num_tokens, width, dtype=torch.float32)
     if num_tokens:
@@ -61,7 +61,7 @@ def _summarise(kernel: Any, width: int, z: Tensor, *arguments: Any, excludes: bo
 
 
 def _write(kernel: Any, out_TV: Tensor, *arguments: Any, strides: tuple[int, ...], scalars: tuple[float, ...]) -> None:
-    """One program per row and block; through a buffer where the columns of `out_TV` do not lie side by side."""
+    """One program per row and block; through a buffer where the columns of ``out_TV`` do not lie side by side."""
     direct = _readable(out_TV)
     num_tokens, num_columns = direct.shape
     block = _cut(kernel, num_columns, direct.device)
@@ -74,7 +74,7 @@ def _write(kernel: Any, out_TV: Tensor, *arguments: Any, strides: tuple[int, ...
 
 
 def kl_statistics(z_TV: Tensor, t_TV: Tensor, excluded_V: Tensor | None, inverse_temperature: float) -> Tensor:
-    """See `kernels.kl_statistics`."""
+    """See ``kernels.kl_statistics``."""
     z, t = _readable(z_TV), _readable(t_TV)
     excluded = z if excluded_V is None else excluded_V.view(torch.uint8)
     arguments = (t, excluded, z.stride(0), t.stride(0), z.shape[1], inverse_temperature)
@@ -90,7 +90,7 @@ def kl_gradient_(
     upstream_T: Tensor,
     inverse_temperature: float,
 ) -> None:
-    """See `kernels.kl_gradient_`."""
+    """See ``kernels.kl_gradient_``."""
     z, t = _readable(z_TV), _readable(t_TV)
     rows = (_floats(normalisers_T5), _floats(weight_T), _floats(upstream_T))
     strides = (z.stride(0), t.stride(0))
@@ -105,7 +105,7 @@ def mixture_statistics(
     mixture: Mixture,
     inverse_temperature: float,
 ) -> Tensor:
-    """See `kernels.mixture_statistics`."""
+    """See ``kernels.mixture_statistics``."""
     z, t = _readable(z_TV), _readable(t_TV)
     excluded = z if excluded_V is None else excluded_V.view(torch.uint8)
     tensors = (t, excluded, _floats(normalisers_T5))
@@ -123,7 +123,7 @@ def mixture_gradient_(
     mixture: Mixture,
     inverse_temperature: float,
 ) -> None:
-    """See `kernels.mixture_gradient_`."""
+    """See ``kernels.mixture_gradient_``."""
     z, t = _readable(z_TV), _readable(t_TV)
     rows = (_floats(normalisers_T5), _floats(mean_slope_T), _floats(upstream_T))
     scalars = (inverse_temperature, *map(float, mixture))
@@ -132,7 +132,7 @@ def mixture_gradient_(
 
 
 def softmax_statistics(z_TV: Tensor, inverse_temperature: float) -> Tensor:
-    """See `kernels.softmax_statistics`."""
+    """See ``kernels.softmax_statistics``."""
     z = _readable(z_TV)
     arguments = (z, z.stride(0), 0, z.shape[1], inverse_temperature)
     return _summarise(triton_kernels.softmax_statistics, 3, z, *arguments, excludes=False)
@@ -147,7 +147,7 @@ def softmax_gradient_(
     entropy_T: Tensor,
     inverse_temperature: float,
 ) -> None:
-    """See `kernels.softmax_gradient_`."""
+    """See ``kernels.softmax_gradient_``."""
     z = _readable(z_TV)
     rows = (_floats(normalisers_T2), _floats(upstream_T), _floats(entropy_upstream_T), _floats(entropy_T))
     scalars = (inverse_temperature,)
@@ -155,7 +155,7 @@ def softmax_gradient_(
 
 
 def rest_statistics(z_TV: Tensor, columns_TN: Tensor, inverse_temperature: float) -> Tensor:
-    """See `kernels.rest_statistics`."""
+    """See ``kernels.rest_statistics``."""
     z = _readable(z_TV)
     # Ascending, with an end mark: a row's blocks pass its chosen columns one after the other.
     ends = columns_TN.new_full((z.shape[0], 1), z.shape[1])
@@ -173,7 +173,7 @@ def rest_gradient_(
     upstream_T: Tensor,
     inverse_temperature: float,
 ) -> None:
-    """See `kernels.rest_gradient_`."""
+    """See ``kernels.rest_gradient_``."""
     z, columns, upstream = _readable(z_TV), columns_TN.contiguous(), _floats(upstream_T)
     direct = _readable(out_TV)
     scalars = (inverse_temperature,)

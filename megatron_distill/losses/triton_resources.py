@@ -56,7 +56,7 @@ def _type(kernel: Any, name: str, dtype: str) -> str:
 
 
 def configs_of(kernel: Any) -> tuple[Config, ...]:
-    """All configs that `triton_launch` may run the kernel with on a wide vocabulary."""
+    """All configs that ``triton_launch`` may run the kernel with on a wide vocabulary."""
     return (CHOSEN,) if kernel is kernels.chosen_gradient else CONFIGS
 
 
@@ -64,10 +64,10 @@ def compiled_resources(kernel: Any, architecture: int, dtype: str, config: Confi
     """Compile one kernel for rows whose width is a multiple of 16, and read what it needs.
 
     Args:
-        kernel: one of `KERNELS`.
+        kernel: one of ``KERNELS``.
         architecture: compute capability, such as 90.
         dtype: of the logits, Triton's name.
-        config: one of `configs_of(kernel)`.
+        config: one of ``configs_of(kernel)``.
 
     Raises:
         LossError: the cubin could not be read.

@@ -1,4 +1,4 @@
-"""Which blocks the Triton kernels are fastest with on this GPU, once per kind of GPU: prints the entry for `triton_configs`.
+"""Which blocks the Triton kernels are fastest with on this GPU, once per kind of GPU: prints the entry for ``triton_configs``.
 
     python -m megatron_distill.losses.triton_tune            # a minute; the GPU should be idle
 
