@@ -323,10 +323,9 @@ def _fill_disk(start: Start, rng: random.Random) -> None:
     usage = shutil.disk_usage(start.folder.root)
     if usage.total > 1 << 30:
         raise AssertionError("the run folder does not lie on the small disk")
-    with (start.folder.root.parent / "ballast").open("ab") as file, contextlib.suppress(OSError):
+    with (start.folder.root.parent / "ballast").open("ab", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
-            file.flush()
 
 
 def _free_disk(folder: RunFolder) -> None:
