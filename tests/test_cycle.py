@@ -71,6 +71,7 @@ def order_of(config: RunConfig, ranks: Ranks, folder: RunFolder) -> list[Event]:
         push_again=lambda version: False,
         metrics=SimpleNamespace(write=lambda *_: None, step_begins=lambda: None),  # type: ignore[arg-type]
         kept=SimpleNamespace(after_step=lambda step: None, after_evaluation=lambda *_: None),  # type: ignore[arg-type]
+        save=lambda directory: None,
         must_stop=lambda: False,
         step=0,
     )

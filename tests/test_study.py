@@ -460,7 +460,7 @@ def test_pages_hold_every_number_figure_and_measure(runs: MadeUpRuns, tmp_path: 
 def test_pages_bear_studies_that_have_hardly_begun(runs: MadeUpRuns, tmp_path: Path) -> None:
     """No finished run: no figure and no number. One run of one seed: numbers without intervals, and no verdict."""
     study = small_study(draw=True)
-    study_module._publish(study, {}, [], tmp_path / "s")
+    study_module._publish(study, {}, tmp_path / "s")
     assert "cannot judge it yet" in (tmp_path / "s" / "results.md").read_text()
     assert not list((tmp_path / "s" / "figures").iterdir())
     run_study(

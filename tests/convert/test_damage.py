@@ -82,7 +82,7 @@ resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 directory = Path(sys.argv[1])
 file, right = directory / ".metadata", read_metadata(directory)
 whole = file.read_bytes()
-for place in range(0, len(whole), 29):
+for place in range(0, len(whole), 59):
     for bit in (1 << place % 8, 128):
         damaged = bytearray(whole)
         damaged[place] ^= bit
