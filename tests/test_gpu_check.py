@@ -44,7 +44,7 @@ def test_a_failing_check_is_told_with_its_cause(tmp_path: Path) -> None:
     assert "config.json" in outcome.text
 
 
-@pytest.mark.long
+@pytest.mark.heavy
 def test_deep_doctor_passes_here(capfd: pytest.CaptureFixture[str]) -> None:
     """Every check runs its CPU counterpart: packed attention, output layer, losses, a server over disk and broadcast."""
     deep_doctor.examine(None)

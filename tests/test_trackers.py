@@ -210,7 +210,7 @@ def _has_told(folder: RunFolder, name: str, step: int) -> bool:
     return kept.exists() and read_json(kept)["step"] == step
 
 
-@pytest.mark.long
+@pytest.mark.heavy
 def test_wandb_mlflow_and_trackio_keep_one_run_for_a_resumed_run(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -252,7 +252,6 @@ def test_the_time_limit_itself_warns_the_ranks_and_requeues_the_job(
     wait_until_none_names(str(tmp_path))
 
 
-@pytest.mark.long
 def test_a_failing_role_ends_the_job_and_its_cause_is_the_last_line(lab: SlurmLab, tmp_path: Path) -> None:
     """A server that cannot start in time ends the trainer too; launch exits with 1 and tells the first cause."""
     folder = RunFolder(tmp_path / "run")
@@ -263,7 +262,6 @@ def test_a_failing_role_ends_the_job_and_its_cause_is_the_last_line(lab: SlurmLa
     wait_until_none_names(str(folder.root))
 
 
-@pytest.mark.long
 def test_a_run_that_fits_one_node_is_a_job_on_one_node(lab: SlurmLab, tmp_path: Path) -> None:
     """Two ranks and two servers on a node that claims four GPUs: the job's only task runs them all."""
     folder = RunFolder(tmp_path / "run")
