@@ -1,24 +1,51 @@
-"""Flags that a user adds: known ones pass to Megatron and SGLang, owned and unknown ones do not."""
+"""Flags that a user adds: known ones pass to Megatron and SGLang, owned, unknown and misspelt ones do not."""
 
 import pytest
 
+from megatron_distill.config import with_overrides
 from megatron_distill.config.flags import MEGATRON, SGLANG
-from megatron_distill.megatron.arguments import unknown_flags as unknown_to_megatron
-from megatron_distill.sglang.server import unknown_flags as unknown_to_sglang
+from megatron_distill.config.loading import load_recipe
+from megatron_distill.errors import ConfigError
+from megatron_distill.megatron.arguments import flag_problems as of_megatron
+from megatron_distill.sglang.server import flag_problems as of_sglang
 
 
 @pytest.mark.slow
 def test_megatron_knows_what_is_refused_and_nothing_else() -> None:
-    """Every refused flag is one of the installed Megatron's, so that no line of the table is dead; a typo is told."""
-    assert unknown_to_megatron([f"--{name}" for name in MEGATRON]) == []
-    assert unknown_to_megatron(["--overlap-grad-reduce", "--attention-backend=flash", "--overlap-grad-reduse"]) == [
-        "--overlap-grad-reduse"
-    ]
+    """Every refused flag is one of the installed Megatron's, so that no line of the table is dead; a typo, a value that it
+    does not take, and another name of a refused flag are told; the rest passes."""
+    known = [f"--{name}" for name in MEGATRON]
+    assert [one for one in of_megatron(known) if "no such flag" in one] == []
+    taken = ["--overlap-grad-reduce", "--attention-backend=flash", "--adam-eps=1e-6", "--optimizer=adam"]
+    typo, value, alias = of_megatron(
+        [*taken, "--overlap-grad-reduse", "--adam-eps=small", "--persistent-save-interval=3"]
+    )
+    assert typo.startswith("--overlap-grad-reduse: Megatron knows no such flag")
+    assert "invalid float value: 'small'" in value
+    assert "sets the same as --save-interval, which is decided by save_every_steps" in alias
 
 
 def test_sglang_knows_what_is_refused_and_nothing_else() -> None:
     """The same of SGLang."""
-    assert unknown_to_sglang([f"--{name}" for name in SGLANG]) == []
-    assert unknown_to_sglang(["--mem-fraction-static=0.5", "--disable-radix-cache", "--men-fraction=1"]) == [
-        "--men-fraction=1"
-    ]
+    known = [f"--{name}" for name in SGLANG]
+    assert [one for one in of_sglang(known) if "no such flag" in one] == []
+    taken = ["--mem-fraction-static=0.5", "--disable-radix-cache"]
+    typo, value = of_sglang([*taken, "--men-fraction=1", "--mem-fraction-static=half"])
+    assert typo.startswith("--men-fraction=1: SGLang knows no such flag")
+    assert "invalid float value: 'half'" in value
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--optimizer=sgd", "could not be resumed"),
+        ("--async-save", "nobody watches Megatron's process"),
+        ("--lr_warmup_fraction=0.1", "optimizer.warmup_frac"),
+        ("adam-eps=1", "is no flag"),
+    ],
+)
+def test_refused_by_name_with_the_reason(flag: str, why: str) -> None:
+    """Before anything is imported or started; another value of a flag passes."""
+    with pytest.raises(ConfigError, match=why):
+        with_overrides(load_recipe("tiny.quickstart"), [f'student.megatron_args=["{flag}"]'])
+    with_overrides(load_recipe("tiny.quickstart"), ['student.megatron_args=["--optimizer=lion", "--adam-eps=1e-6"]'])

@@ -89,23 +89,17 @@ def _model_problems(config: RunConfig, models: dict[str, HfConfig]) -> list[str]
 
 
 def _flag_problems(config: RunConfig) -> list[str]:
-    """Flags that Megatron or SGLang do not know. Only they can tell, so they are imported, if there is anything to ask."""
+    """Flags that Megatron or SGLang do not take. Only they can tell, so they are imported, if there is anything to ask."""
     problems = []
     if config.student.megatron_args:
-        from megatron_distill.megatron.arguments import unknown_flags as unknown_to_megatron
+        from megatron_distill.megatron.arguments import flag_problems as of_megatron
 
-        problems += [
-            f"student.megatron_args = {flag}: Megatron knows no such flag. Mend or drop it."
-            for flag in unknown_to_megatron(config.student.megatron_args)
-        ]
+        problems += [f"student.megatron_args = {one}" for one in of_megatron(config.student.megatron_args)]
     for where in ("student_args", "teacher_args"):
         if arguments := getattr(config.servers, where):
-            from megatron_distill.sglang.server import unknown_flags as unknown_to_sglang
+            from megatron_distill.sglang.server import flag_problems as of_sglang
 
-            problems += [
-                f"servers.{where} = {flag}: SGLang knows no such flag. Mend or drop it."
-                for flag in unknown_to_sglang(arguments)
-            ]
+            problems += [f"servers.{where} = {one}" for one in of_sglang(arguments)]
     return problems
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_distill.config import RunConfig
+from megatron_distill.config.flags import MEGATRON, not_parsed
 from megatron_distill.errors import ConfigError
 from megatron_distill.megatron import cpu_backend
 from megatron_distill.megatron.backend import Backend, kernel_arguments
@@ -39,8 +40,8 @@ def student_padded_vocab_size(config: RunConfig, student: HfConfig) -> int:
     return padded_vocab_size(student.vocab_size, VOCAB_DIVISOR, config.student.parallel.tp)
 
 
-def unknown_flags(arguments: Sequence[str]) -> list[str]:
-    """Those of a user's flags that Megatron's own parser does not know; asked in a process of its own.
+def flag_problems(arguments: Sequence[str]) -> list[str]:
+    """A sentence for each of a user's flags that Megatron's own parser refuses; asked in a process of its own.
 
     Raises:
         ConfigError: Megatron cannot be imported.
@@ -48,8 +49,8 @@ def unknown_flags(arguments: Sequence[str]) -> list[str]:
     asked = subprocess.run([sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, check=False)
     if asked.returncode:
         raise ConfigError(f"megatron = cannot be asked for its flags: {asked.stderr.strip()[-300:]}. Run `doctor`.")
-    unknown: list[str] = json.loads(asked.stdout.splitlines()[-1])
-    return unknown
+    problems: list[str] = json.loads(asked.stdout.splitlines()[-1])
+    return problems
 
 
 def training_arguments(config: RunConfig, student: HfConfig, folder: RunFolder, backend: Backend) -> list[str]:
@@ -123,12 +124,12 @@ def training_arguments(config: RunConfig, student: HfConfig, folder: RunFolder, 
 
 
 def main() -> None:
-    """``python -m megatron_distill.megatron.arguments FLAG ...``: print those that Megatron does not know, as JSON."""
+    """``python -m megatron_distill.megatron.arguments FLAG ...``: print what is wrong with them, as a JSON list."""
     cpu_backend.install()
     from megatron.training.arguments import add_megatron_arguments
 
-    known = add_megatron_arguments(argparse.ArgumentParser())._option_string_actions
-    print(json.dumps([flag for flag in sys.argv[1:] if flag.partition("=")[0] not in known]))
+    parser = add_megatron_arguments(argparse.ArgumentParser())
+    print(json.dumps(not_parsed(parser, sys.argv[1:], MEGATRON, "Megatron")))
 
 
 if __name__ == "__main__":

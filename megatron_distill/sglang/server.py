@@ -36,6 +36,7 @@ from typing import BinaryIO, Literal, Self
 
 import urllib3
 
+from megatron_distill.config.flags import SGLANG, not_parsed
 from megatron_distill.errors import ConfigError, ServerError
 from megatron_distill.sglang.cpu_plugin import CPU_SERVER_ENV
 from megatron_distill.sglang.hidden_states import HIDDEN_STATES_ENV
@@ -145,14 +146,13 @@ def command(spec: ServerSpec, python: str = sys.executable) -> ServerCommand:
     return ServerCommand(argv + list(spec.extra_args), env)
 
 
-def unknown_flags(arguments: Sequence[str]) -> list[str]:
-    """Those of a user's flags that SGLang's own parser does not know."""
+def flag_problems(arguments: Sequence[str]) -> list[str]:
+    """A sentence for each of a user's flags that SGLang's own parser refuses."""
     from sglang.srt.server_args import ServerArgs
 
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    known = parser._option_string_actions
-    return [argument for argument in arguments if argument.partition("=")[0] not in known]
+    return not_parsed(parser, arguments, SGLANG, "SGLang")
 
 
 class SGLangServer:
