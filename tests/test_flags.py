@@ -17,12 +17,13 @@ def test_megatron_knows_what_is_refused_and_nothing_else() -> None:
     known = [f"--{name}" for name in MEGATRON]
     assert [one for one in of_megatron(known) if "no such flag" in one] == []
     taken = ["--overlap-grad-reduce", "--attention-backend=flash", "--adam-eps=1e-6", "--optimizer=adam"]
-    typo, value, alias = of_megatron(
-        [*taken, "--overlap-grad-reduse", "--adam-eps=small", "--persistent-save-interval=3"]
+    typo, value, alias, package = of_megatron(
+        [*taken, "--overlap-grad-reduse", "--adam-eps=small", "--persistent-save-interval=3", "--optimizer=lion"]
     )
     assert typo.startswith("--overlap-grad-reduse: Megatron knows no such flag")
     assert "invalid float value: 'small'" in value
     assert "sets the same as --save-interval, which is decided by save_every_steps" in alias
+    assert "pip install emerging-optimizers" in package
 
 
 def test_sglang_knows_what_is_refused_and_nothing_else() -> None:

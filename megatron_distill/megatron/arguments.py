@@ -5,6 +5,7 @@ itself.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import subprocess
@@ -128,8 +129,12 @@ def main() -> None:
     cpu_backend.install()
     from megatron.training.arguments import add_megatron_arguments
 
-    parser = add_megatron_arguments(argparse.ArgumentParser())
-    print(json.dumps(not_parsed(parser, sys.argv[1:], MEGATRON, "Megatron")))
+    flags = sys.argv[1:]
+    problems = not_parsed(add_megatron_arguments(argparse.ArgumentParser()), flags, MEGATRON, "Megatron")
+    others = [flag for flag in flags if flag.startswith("--optimizer=") and flag != "--optimizer=adam"]
+    if others and importlib.util.find_spec("emerging_optimizers") is None:
+        problems.append(f"{others[-1]}: needs a package. Type: pip install emerging-optimizers.")
+    print(json.dumps(problems))
 
 
 if __name__ == "__main__":
