@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import head as head_benchmark
 from megatron_distill.config import DistillConfig, RlConfig, SftConfig
 from megatron_distill.errors import LossError
-from megatron_distill.rollouts.batches import MicroBatch, build_micro_batches
+from megatron_distill.rollouts.batches import MicroBatch
 from megatron_distill.training.chunked_head import ChunkedHead, HiddenTensors
 from megatron_distill.training.components import (
     Component,
@@ -25,7 +25,7 @@ from megatron_distill.training.components import (
 from megatron_distill.training.objective import LossReport, Objective
 from tests.support.dense import kl
 from tests.support.rank_pool import RankPool
-from tests.support.samples import STOP_TOKEN_IDS, make_samples
+from tests.support.samples import STOP_TOKEN_IDS, build_micro_batches, make_samples
 
 V, WIDTH, STEP, H, H_TEACHER = 21, 6, 3, 5, 7  # 4 ranks of 6 columns: the last 3 are padding
 UPSTREAM = 0.7

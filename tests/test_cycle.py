@@ -30,7 +30,7 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
     """The only rank there is."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     assert dist.group.WORLD is not None
-    yield Ranks(0, 0, 1, True, True, True, True, dist.group.WORLD, dist.group.WORLD)
+    yield Ranks(0, 0, (0,), True, True, True, dist.group.WORLD, dist.group.WORLD)
     dist.destroy_process_group()
 
 

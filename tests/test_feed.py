@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_distill.errors import DistillError, ServerError
+from megatron_distill.rollouts.dealing import deal
 from megatron_distill.rollouts.source import Collected, Share
 from megatron_distill.training.feed import Packing, StepFeed
 from megatron_distill.training.ranks import Ranks
@@ -27,8 +28,7 @@ def place() -> Ranks:
     return Ranks(
         rank=rank,
         dp_rank=rank // 2,
-        dp_size=2,
-        is_leader=rank % 2 == 0,
+        leaders=(0, 2),
         is_last_stage=True,
         speaks=rank % 2 == 0,
         is_reporter=rank == WORLD - 1,
@@ -109,7 +109,10 @@ def prepare_step(group: Any) -> tuple[float, dict[str, float], list[torch.Tensor
 
 
 def test_every_rank_plans_the_same_step_and_a_replica_shares_its_batches(ranks: RankPool) -> None:
-    """Denominators are sums over replicas; the ranks of a replica see the same tokens, those of another see others."""
+    """Denominators are sums over replicas; the ranks of a replica see the same tokens, those of another see others.
+
+    Replicas drew 74 and 46 tokens, and train on 60 each: what the deal gives them, whoever drew it.
+    """
     samples = make_samples(0, NUM_SAMPLES, VOCAB_SIZE)
     num_tokens = sum(len(sample.rollout.response_ids) for sample in samples)
     num_scored = sum(len(sample.rollout.response_ids) for sample in samples if sample.signal is not None)
@@ -120,4 +123,9 @@ def test_every_rank_plans_the_same_step_and_a_replica_shares_its_batches(ranks: 
         assert length == (num_tokens, NUM_SAMPLES)
     batches = [targets for _, _, targets, _ in results]
     assert all(map(torch.equal, batches[0], batches[1])) and all(map(torch.equal, batches[2], batches[3]))
-    assert sum(len(one) for targets in (batches[0], batches[2]) for one in targets) == num_tokens
+    lengths = [len(sample.rollout.prompt_ids) + len(sample.rollout.response_ids) for sample in samples]
+    dealt = [[place for hand in hands for place in hand] for hands in deal(lengths, 2, rollouts=2)]
+    assert [sum(lengths[place] for place in places) for places in dealt] == [60, 60]
+    for targets, places in zip((batches[0], batches[2]), dealt, strict=True):
+        expected = [token for place in places for token in samples[place].rollout.response_ids]
+        assert sorted(torch.cat(targets).tolist()) == sorted(expected)

@@ -10,11 +10,11 @@ import torch
 from megatron_distill.config import DistillConfig
 from megatron_distill.errors import TeacherError
 from megatron_distill.megatron.teacher_head import TeacherHead
-from megatron_distill.rollouts.batches import HiddenSignalTensors, MicroBatch, as_tensor, build_micro_batches
+from megatron_distill.rollouts.batches import HiddenSignalTensors, MicroBatch, as_tensor
 from megatron_distill.training.components import Distill, LogitTensors, Shards, StepPlan
 from megatron_distill.training.objective import LossReport, Objective
 from megatron_distill.types import HiddenSignal, Sample
-from tests.support.samples import STOP_TOKEN_IDS, make_samples, with_hidden_states
+from tests.support.samples import STOP_TOKEN_IDS, build_micro_batches, make_samples, with_hidden_states
 from tests.support.tiny_models import VOCAB, write_hf_model
 
 PADDED = 128  # the student's rows; VOCAB = 53 of them are tokens

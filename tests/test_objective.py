@@ -11,7 +11,7 @@ from megatron_distill.config import DistillConfig, RlConfig, SftConfig
 from megatron_distill.config.schedules import constant
 from megatron_distill.losses import distill_jsd, distill_skew_kl
 from megatron_distill.rollouts.advantages import with_advantages
-from megatron_distill.rollouts.batches import MicroBatch, TopKTensors, build_micro_batches
+from megatron_distill.rollouts.batches import MicroBatch, TopKTensors
 from megatron_distill.training.components import (
     Component,
     Distill,
@@ -24,7 +24,7 @@ from megatron_distill.training.components import (
 )
 from megatron_distill.training.objective import Objective, StepSums
 from megatron_distill.types import Sample
-from tests.support.samples import STOP_TOKEN_IDS, make_samples
+from tests.support.samples import STOP_TOKEN_IDS, build_micro_batches, make_samples
 
 V, STEP = 12, 3
 

@@ -226,7 +226,7 @@ def _server(model_dir: Path, vocab_size: int, dtype: torch.dtype, log: Path) -> 
 def _gap(client: Any, model: Any, vocab_size: int, backend: Backend, version: str, check: bool = True) -> float:
     """Mean |Megatron - server| of the log-probs of what the server samples, in nats."""
     from megatron_distill.megatron.forward_step import run_model
-    from megatron_distill.rollouts.batches import build_micro_batches
+    from megatron_distill.rollouts.batches import pack_micro_batch
     from megatron_distill.sglang.wire import SamplingParams
     from megatron_distill.training.chunked_head import HiddenTensors
     from megatron_distill.types import Rollout, Sample
@@ -250,9 +250,7 @@ def _gap(client: Any, model: Any, vocab_size: int, backend: Backend, version: st
         )
         for index, (prompt, one) in enumerate(zip(prompts, written, strict=True))
     ]
-    (batch,) = build_micro_batches(
-        samples, NUM_PROMPTS, step=0, scored_in_trainer=True, pad_multiple=8, needs_mask=backend.needs_mask
-    )
+    batch = pack_micro_batch(samples, step=0, scored_in_trainer=True, needs_mask=backend.needs_mask)
     batch = batch.to(next(model.parameters()).device)
     with torch.no_grad():
         said = run_model(model, batch, packed_kernels=backend.packed_kernels)

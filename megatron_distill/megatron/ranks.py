@@ -20,18 +20,18 @@ def find_ranks() -> Ranks:
     dp_rank = mpu.get_data_parallel_rank(with_context_parallel=False)
     replica_of: list[Any] = [None] * world_size
     dist.all_gather_object(replica_of, dp_rank, group=world)
-    replica = None
+    replica, leaders = None, []
     for number in range(mpu.get_data_parallel_world_size(with_context_parallel=False)):
         members = [member for member, of in enumerate(replica_of) if of == number]
         group = dist.new_group(members, backend="gloo", timeout=patience)  # all ranks take part in making each
+        leaders.append(members[0])
         if number == dp_rank:
-            replica, leader = group, members[0]
+            replica = group
     assert replica is not None
     return Ranks(
         rank=rank,
         dp_rank=dp_rank,
-        dp_size=mpu.get_data_parallel_world_size(with_context_parallel=False),
-        is_leader=rank == leader,
+        leaders=tuple(leaders),
         is_last_stage=mpu.is_pipeline_last_stage(),
         speaks=mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0,
         is_reporter=rank == world_size - 1,

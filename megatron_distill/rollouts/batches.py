@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_distill.models.context_parallel import places_of_rank
-from megatron_distill.rollouts.dealing import by_count, by_tokens, num_tokens
+from megatron_distill.rollouts.dealing import num_tokens
 from megatron_distill.types import HiddenSignal, Rollout, Sample, TopKSignal
 
 
@@ -155,61 +155,30 @@ class MicroBatch:
         return replace(self, **cut, signal=self.signal and self.signal.at(kept_T))
 
 
-def build_micro_batches(
+def pack_micro_batch(
     samples: Sequence[Sample],
-    rollouts: int | None,
     *,
     step: int,
-    num_micro_batches: int = 0,
     scored_in_trainer: bool = False,
     pad_multiple: int = 8,
     needs_mask: bool = True,
     sequence_multiple: int = 1,
-) -> list[MicroBatch]:
-    """Deal samples to micro-batches, by their number or by their tokens, and pack each.
+) -> MicroBatch:
+    """Pack the samples of one micro-batch.
 
     Args:
-        samples: of one replica's step.
-        rollouts: of a micro-batch, which divides ``len(samples)``; None deals by tokens.
+        samples: at least one.
         step: 0-based: the version of the weights that will learn from them.
-        num_micro_batches: if they are dealt by tokens; at most ``len(samples)``.
         scored_in_trainer: the teacher scores every token in the forward step, and no signal travels.
         pad_multiple: rows are padded to a multiple of it (sequence parallelism needs a multiple of tp).
         needs_mask: the model's attention takes a mask, and not the sequences' lengths.
         sequence_multiple: each sequence is padded to a multiple of it, and its padding counts as its own (context parallelism
             cuts it into as many chunks; causal attention keeps them from what comes before).
     """
-    hands = by_tokens(samples, num_micro_batches) if rollouts is None else by_count(samples, rollouts)
-    return [_pack(hand, step, scored_in_trainer, pad_multiple, needs_mask, sequence_multiple) for hand in hands]
-
-
-def _padded_tokens(sample: Sample, multiple: int) -> int:
-    return -(-num_tokens(sample) // multiple) * multiple
-
-
-def _rows(samples: Sequence[Sample], capacity: int, multiple: int) -> list[list[Sample]]:
-    """First fit, longest first."""
-    rows: list[list[Sample]] = []
-    free: list[int] = []
-    for sample in sorted(samples, key=num_tokens, reverse=True):
-        need = _padded_tokens(sample, multiple)
-        index = next((i for i, room in enumerate(free) if room >= need), None)
-        if index is None:
-            rows.append([])
-            free.append(capacity)
-            index = len(rows) - 1
-        rows[index].append(sample)
-        free[index] -= need
-    return rows
-
-
-def _pack(
-    samples: Sequence[Sample], step: int, scored_in_trainer: bool, pad_multiple: int, needs_mask: bool, multiple: int
-) -> MicroBatch:
-    lengths = [_padded_tokens(sample, multiple) for sample in samples]
+    lengths = [_padded_tokens(sample, sequence_multiple) for sample in samples]
     # A mask grows with the square of a row; without one, a single row wastes less than pad_multiple tokens on padding.
     row_tokens = -(-(max(lengths) if needs_mask else sum(lengths)) // pad_multiple) * pad_multiple
-    rows = _rows(samples, row_tokens, multiple)
+    rows = _rows(samples, row_tokens, sequence_multiple)
     tokens = np.zeros((len(rows), row_tokens), np.int64)
     positions = np.zeros_like(tokens)
     sequence_of = np.full_like(tokens, -1)  # which sequence of its row a token belongs to; -1 is padding
@@ -219,7 +188,7 @@ def _pack(
         for number, sample in enumerate(row):
             prompt, response = sample.rollout.prompt_ids, sample.rollout.response_ids
             tokens[r, start : start + len(prompt) + len(response)] = np.concatenate([prompt, response])
-            end = start + _padded_tokens(sample, multiple)
+            end = start + _padded_tokens(sample, sequence_multiple)
             positions[r, start:end] = np.arange(end - start)
             sequence_of[r, start:end] = number
             first = r * row_tokens + start + len(prompt) - 1
@@ -248,6 +217,26 @@ def _pack(
         policy_weights_T=_per_token(rollouts, [s.policy_weight for s in packed], np.float32),
         signal=None if scored_in_trainer else _signal_tensors(packed),
     )
+
+
+def _padded_tokens(sample: Sample, multiple: int) -> int:
+    return -(-num_tokens(sample) // multiple) * multiple
+
+
+def _rows(samples: Sequence[Sample], capacity: int, multiple: int) -> list[list[Sample]]:
+    """First fit, longest first."""
+    rows: list[list[Sample]] = []
+    free: list[int] = []
+    for sample in sorted(samples, key=num_tokens, reverse=True):
+        need = _padded_tokens(sample, multiple)
+        index = next((i for i, room in enumerate(free) if room >= need), None)
+        if index is None:
+            rows.append([])
+            free.append(capacity)
+            index = len(rows) - 1
+        rows[index].append(sample)
+        free[index] -= need
+    return rows
 
 
 def block_causal_mask(sequence_of_RL: torch.Tensor) -> torch.Tensor:

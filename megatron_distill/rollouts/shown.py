@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_distill.config import RunConfig
 from megatron_distill.models.vocabulary import Vocabulary
-from megatron_distill.rollouts.batches import build_micro_batches
+from megatron_distill.rollouts.batches import pack_micro_batch
 from megatron_distill.rollouts.prompts import PromptSet
 from megatron_distill.rollouts.readable import whole_characters
 from megatron_distill.rollouts.solutions import cut_solution, encode_solution
@@ -111,7 +111,7 @@ def _problem(config: RunConfig, train: PromptSet, vocabulary: Vocabulary, index:
 
 def learnt_mask(rollout: Rollout) -> list[bool]:
     """Whether a loss is taken at each token of a prompt and its response, by the tensors that training makes of them."""
-    [batch] = build_micro_batches([Sample(rollout)], 1, step=0, scored_in_trainer=True)
+    batch = pack_micro_batch([Sample(rollout)], step=0, scored_in_trainer=True)
     mask = np.zeros(len(rollout.prompt_ids) + len(rollout.response_ids), bool)
     mask[batch.logits_index_T.numpy() + 1] = True  # the logits that predict a token sit one place before it
     return mask.tolist()

@@ -1,9 +1,10 @@
 """The data iterator that Megatron's loop reads: a step's micro-batches, made when the step before it has ended.
 
     leader:     prompts -> rollouts -> teacher scores          (servers are asked by one rank of each replica)
+    all ranks:  each component's token count, summed: the plan's denominators; every sample's length: the deal
+    leaders:    samples for each other                          (so that every replica trains on about as many tokens)
     replica:    the same samples, by broadcast                  (every tp and pp rank packs the same micro-batches, of which
                                                                  each cp rank keeps its part of every sequence)
-    all ranks:  each component's token count, summed: the plan's denominators
 
 ``prepare`` is collective and runs where all ranks are at the same point (see ``cycle``); its iterators only hand out, so
 that a pipeline's stages may ask at different times.
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_distill.models.context_parallel import sequence_multiple
-from megatron_distill.rollouts.batches import MicroBatch, build_micro_batches
-from megatron_distill.rollouts.dealing import num_hands_of
+from megatron_distill.rollouts.batches import MicroBatch, pack_micro_batch
+from megatron_distill.rollouts.dealing import Hand, deal, num_tokens
 from megatron_distill.rollouts.source import Collected, Share
 from megatron_distill.rollouts.summary import rollout_sums
 from megatron_distill.runs.metrics import Sums, add_sums
@@ -57,6 +58,23 @@ class Packing:
     cp_size: int = 1
     micro_batch_tokens: int = 0
     count_multiple: int = 1
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What every rank learns of the samples that a leader brought.
+
+    Attributes:
+        counts: its part of every denominator.
+        sums: its rollouts' metrics.
+        lengths: tokens of each sample.
+        seconds: of each phase.
+    """
+
+    counts: dict[str, float]
+    sums: Sums
+    lengths: list[int]
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -111,55 +129,73 @@ class StepFeed:
 
     def prepare(self, step: int, horizon_tokens: int) -> Prepared:
         """Collect, share and pack everything that ``step`` needs. Collective over all ranks."""
-        ranks, packing = self._ranks, self._packing
-        share = Share(ranks.dp_rank, ranks.dp_size)
-        collected: Collected = ranks.from_leader(lambda: self._take(step, share, horizon_tokens))
-        samples = collected.samples
-        mine = None
-        if ranks.is_leader:
-            counts = self._counts(samples)
-            if collected.num_dropped is not None:
-                counts[_DROPPED] = float(collected.num_dropped)
-            mine = counts, rollout_sums(samples, step, self._asks_teacher), self._fewest(samples)
-        facts = [fact for fact in ranks.gather(mine) if fact is not None]
-        totals = {name: sum(counts[name] for counts, _, _ in facts) for name in facts[0][0]}
-        fewest = max(number for _, _, number in facts)  # the same number on every replica
+        ranks = self._ranks
+        brought: list[Sample] = []
+
+        def draw() -> _Drawn:
+            collected = self._take(step, Share(ranks.dp_rank, ranks.dp_size), horizon_tokens)
+            brought.extend(collected.samples)
+            return self._drawn(collected, step)
+
+        mine: _Drawn = ranks.from_leader(draw)
+        told = ranks.gather(mine if ranks.is_leader else None)
+        everyone: list[_Drawn] = [told[leader] for leader in ranks.leaders]
+        totals = {name: sum(one.counts[name] for one in everyone) for name in mine.counts}
         num_response_tokens, num_dropped = totals.pop(_RESPONSE), totals.pop(_DROPPED, None)
         plan = StepPlan(step, self._reverse_kl_weight(step), num_response_tokens, totals)
-        batches = build_micro_batches(
-            samples,
-            packing.micro_batch_rollouts,
-            step=step,
-            num_micro_batches=-(-fewest // packing.count_multiple) * packing.count_multiple,
-            scored_in_trainer=self._scored_in_trainer,
-            pad_multiple=packing.pad_multiple,
-            needs_mask=packing.needs_mask,
-            sequence_multiple=sequence_multiple(packing.cp_size),
-        )
-        own = [batch.of_context_rank(packing.cp_rank, packing.cp_size).to(packing.device) for batch in batches]
-        if self._show is not None:
-            self._show(own)
-        step_batches = [StepBatch(batch, plan) for batch in own]
+        step_batches = [StepBatch(batch, plan) for batch in self._micro_batches(step, everyone, brought)]
         self.num_micro_batches = len(step_batches)
         for queue in self._queues:
             queue.clear()
             queue.extend(step_batches)
-        sums = add_sums(sums for _, sums, _ in facts)
+        sums = add_sums(one.sums for one in everyone)
         sums["scored_tokens"] = (float(totals.get("distill", 0.0)), 1.0)
         sums["reverse_kl_weight"] = (plan.reverse_kl_weight, 1.0)
         if num_dropped is not None:
             sums["dropped_rollouts"] = (num_dropped, 1.0)
-        return Prepared(sums, collected.seconds)
+        return Prepared(sums, mine.seconds)
 
-    def _counts(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """This replica's part of every denominator."""
+    def _drawn(self, collected: Collected, step: int) -> _Drawn:
+        samples = collected.samples
         counts = {part.name: float(part.count(samples, self._scored_in_trainer)) for part in self._components}
-        return counts | {_RESPONSE: float(sum(sample.rollout.num_learnt_tokens for sample in samples))}
+        counts[_RESPONSE] = float(sum(sample.rollout.num_learnt_tokens for sample in samples))
+        if collected.num_dropped is not None:
+            counts[_DROPPED] = float(collected.num_dropped)
+        sums = rollout_sums(samples, step, self._asks_teacher)
+        return _Drawn(counts, sums, [num_tokens(sample) for sample in samples], collected.seconds)
 
-    def _fewest(self, samples: Sequence[Sample]) -> int:
-        """Micro-batches that this replica needs; 0 if their number is given."""
+    def _micro_batches(self, step: int, everyone: Sequence[_Drawn], brought: Sequence[Sample]) -> list[MicroBatch]:
+        """This rank's part of the step, whoever drew it; ``brought`` is what this leader did."""
         packing = self._packing
-        return num_hands_of(samples, packing.micro_batch_tokens) if packing.micro_batch_rollouts is None else 0
+        dealt = deal(
+            [length for one in everyone for length in one.lengths],
+            self._ranks.dp_size,
+            rollouts=packing.micro_batch_rollouts,
+            max_tokens=packing.micro_batch_tokens,
+            count_multiple=packing.count_multiple,
+        )
+        first = sum(len(one.lengths) for one in everyone[: self._ranks.dp_rank])  # of what this replica drew
+        own: dict[int, Sample] = self._ranks.from_leader(lambda: self._swap(dict(enumerate(brought, first)), dealt))
+        batches = [
+            pack_micro_batch(
+                [own[place] for place in hand],
+                step=step,
+                scored_in_trainer=self._scored_in_trainer,
+                pad_multiple=packing.pad_multiple,
+                needs_mask=packing.needs_mask,
+                sequence_multiple=sequence_multiple(packing.cp_size),
+            )
+            for hand in dealt[self._ranks.dp_rank]
+        ]
+        local = [batch.of_context_rank(packing.cp_rank, packing.cp_size).to(packing.device) for batch in batches]
+        if self._show is not None:
+            self._show(local)
+        return local
+
+    def _swap(self, brought: dict[int, Sample], dealt: Sequence[Sequence[Hand]]) -> dict[int, Sample]:
+        """The samples that this replica was dealt, by their places in the step; called by all leaders."""
+        parcels = [{place: brought[place] for hand in hands for place in hand if place in brought} for hands in dealt]
+        return {place: sample for parcel in self._ranks.exchange(parcels) for place, sample in parcel.items()}
 
     def of_chunk(self, number: int) -> Iterator[StepBatch]:
         """The iterator of one of this rank's pipeline chunks: each sees every micro-batch, and asks in its own time."""

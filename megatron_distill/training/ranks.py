@@ -1,18 +1,21 @@
-"""Who a trainer rank is, and how the ranks of one replica agree on what to do next.
+"""Who a trainer rank is, and how ranks agree on what to do next.
 
 A *leader* (the first rank of a data-parallel replica) talks to servers and files; the others of its replica get what it
 got. The exchange is plain Python objects over gloo, so that it needs no GPU memory and cannot disturb Megatron's own
 communication: token ids and top-k scores, 8 bytes x K a response token and replica (K = 64: 17 MB for 8 responses of 4,096), or
-hidden states, 2 bytes x H in bf16 (H = 4,096: 268 MB).
+hidden states, 2 bytes x H in bf16 (H = 4,096: 268 MB). Leaders exchange as much among themselves, so that replicas get
+samples of about as many tokens (see ``rollouts.dealing``).
 A leader's failure travels the same way: all ranks raise it, none waits for ever.
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_distill.errors import DistillError
 
@@ -24,8 +27,7 @@ class Ranks:
     Attributes:
         rank: global, 0-based.
         dp_rank: which replica this rank belongs to, 0-based.
-        dp_size: number of replicas.
-        is_leader: first rank of its replica.
+        leaders: global rank of each replica's leader, in the order of replicas.
         is_last_stage: holds the logits.
         speaks: the one rank of its replica whose metrics count: the last stage's first tensor-parallel rank.
         is_reporter: the one rank that writes metrics: the last, as in Megatron's own logging.
@@ -35,13 +37,22 @@ class Ranks:
 
     rank: int
     dp_rank: int
-    dp_size: int
-    is_leader: bool
+    leaders: tuple[int, ...]
     is_last_stage: bool
     speaks: bool
     is_reporter: bool
     replica: dist.ProcessGroup
     world: dist.ProcessGroup
+
+    @property
+    def dp_size(self) -> int:
+        """Number of replicas."""
+        return len(self.leaders)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is the first rank of its replica."""
+        return self.rank == self.leaders[self.dp_rank]
 
     def from_leader(self, work: Callable[[], Any]) -> Any:
         """Run ``work`` on every replica's leader and hand its result to the replica's ranks.
@@ -67,6 +78,29 @@ class Ranks:
         values: list[Any] = [None] * dist.get_world_size(self.world)
         dist.all_gather_object(values, value, group=self.world)
         return values
+
+    def exchange(self, parcels: Sequence[Any]) -> list[Any]:
+        """Called by all leaders, and by no one else: give ``parcels[i]`` to the leader of replica i.
+
+        Returns:
+            What each replica's leader gave to this one, in the order of replicas.
+        """
+        own = self.dp_rank
+        sent = [b"" if i == own else pickle.dumps(parcel) for i, parcel in enumerate(parcels)]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in parcels]
+        self._pass([torch.tensor([len(one)]) for one in sent], sizes)
+        received = [torch.empty(int(size), dtype=torch.uint8) for size in sizes]
+        self._pass([torch.frombuffer(bytearray(one) or bytearray(1), dtype=torch.uint8) for one in sent], received)
+        return [parcels[own] if i == own else pickle.loads(one.numpy().tobytes()) for i, one in enumerate(received)]
+
+    def _pass(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        """Send one tensor to each other leader, receive one from each."""
+        others = [i for i, leader in enumerate(self.leaders) if leader != self.rank]
+        works = [dist.irecv(received[i], self.leaders[i], self.world) for i in others]
+        works += [dist.isend(sent[i], self.leaders[i], self.world) for i in others]
+        for work in works:
+            assert work is not None
+            work.wait()
 
 
 def _picklable(error: Exception) -> Exception:

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from megatron_distill.models.context_parallel import places_of_rank, sequence_multiple
-from megatron_distill.rollouts.batches import build_micro_batches
 from tests.support.layouts import Outcome, assert_same, run_jobs, save_random_model
 from tests.support.rank_forge import RankForge
-from tests.support.samples import make_samples
+from tests.support.samples import build_micro_batches, make_samples
 
 SEQUENCE_PARALLEL_TP2 = {"student.parallel.tp": 2, "student.parallel.sequence_parallel": True}
 CP2 = {"student.parallel.cp": 2}

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from megatron_distill import config as config_module
 from megatron_distill.megatron.backend import Backend
-from megatron_distill.rollouts.batches import MicroBatch, build_micro_batches
-from tests.support.samples import STOP_TOKEN_IDS, make_samples
+from megatron_distill.rollouts.batches import MicroBatch
+from tests.support.samples import STOP_TOKEN_IDS, build_micro_batches, make_samples
 
 VOCAB_SIZE = 200  # padded to 256: at tp 2 both ranks hold tokens, and the second one padding too
 STEP = 2

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from megatron_distill.rollouts.batches import MicroBatch, pack_micro_batch
+from megatron_distill.rollouts.dealing import by_count, num_tokens
 from megatron_distill.types import HiddenSignal, Rollout, Sample, TopKSignal
 
 STOP_TOKEN_IDS = (0, 1)
@@ -65,3 +68,9 @@ def with_hidden_states(samples: Sequence[Sample], path: str | Path) -> list[Samp
         token_logprobs = logprobs_RV[torch.arange(len(response)), response].numpy()
         scored.append(replace(sample, signal=HiddenSignal(token_logprobs, hidden_RH.numpy().copy())))
     return scored
+
+
+def build_micro_batches(samples: Sequence[Sample], rollouts: int, **how: Any) -> list[MicroBatch]:
+    """Micro-batches of ``rollouts`` samples each, dealt as a run's are; ``how`` is ``pack_micro_batch``'s."""
+    hands = by_count([num_tokens(sample) for sample in samples], rollouts)
+    return [pack_micro_batch([samples[place] for place in hand], **how) for hand in hands]
