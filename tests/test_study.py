@@ -471,6 +471,21 @@ def test_pages_bear_studies_that_have_hardly_begun(runs: MadeUpRuns, tmp_path: P
     assert "one seed has no interval" in (tmp_path / "s" / "results.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", every(Study))
+def test_pages_of_every_study_can_be_made(name: str, tmp_path: Path) -> None:
+    """Whatever its arms differ in, also in fields that some of them lack: before the first run, and with a run of each arm."""
+    study = every(Study)[name]()
+    study_module._publish(study, {}, tmp_path / "empty")
+    assert "## Settings" in (tmp_path / "empty" / "results.md").read_text()
+    finished = {(arm.name, 1): RunFolder(tmp_path / arm.name) for arm in study.arms}
+    for arm in study.arms:
+        made_up_run(replace(arm.config, seed=1), finished[arm.name, 1])
+    study_module._publish(study, finished, tmp_path / "results")
+    drawn = {path.stem for path in (tmp_path / "results" / "figures").iterdir()}
+    assert drawn == {figure.name for question in study.questions for figure in question.figures}
+
+
 @pytest.mark.parametrize("content", ["{", "{}", '{"runs": 3}', "[]"])
 def test_other_files_are_no_results(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A broken or foreign file is named, with what to give instead."""

@@ -130,7 +130,7 @@ def _settings_rows(results: Results) -> tuple[list[str], list[list[str]]]:
         [
             facts.label,
             results.arms[facts.after].label if facts.after else "-",
-            *(shown(facts.settings[f]) for f in fields),
+            *(shown(facts.settings[f]) if f in facts.settings else "-" for f in fields),
         ]
         for facts in results.arms.values()
     ]

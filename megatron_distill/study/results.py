@@ -137,7 +137,8 @@ class ArmFacts:
     Attributes:
         label: in the table of settings.
         after: the arm whose student it goes on with, or empty.
-        settings: dotted field -> value, of the fields that differ between arms.
+        settings: dotted field -> value, of the fields that differ between arms, as far as this arm has them (a curriculum of
+            another kind has others).
     """
 
     label: str
@@ -202,7 +203,9 @@ def collect(study: Study, folders: Mapping[tuple[str, int], RunFolder]) -> Resul
     configs = {arm.name: _settings(config_module.to_dict(arm.config)) for arm in study.arms}
     first = next(iter(configs.values()))
     common = {
-        field: first[field] for field in first if all(config[field] == first[field] for config in configs.values())
+        field: value
+        for field, value in first.items()
+        if all(field in config and config[field] == value for config in configs.values())
     }
     arms = {
         arm.name: ArmFacts(
