@@ -1,4 +1,4 @@
-"""``megatron-distill plan RECIPE [--gpu-gib 80] [--fit GPUS]``: what a run will take, before anything starts."""
+"""``megatron-distill plan RECIPE [--gpu-gib 80] [--fit GPUS]``: what a run and a step will take, before anything starts."""
 
 import argparse
 
@@ -9,21 +9,30 @@ from megatron_distill.errors import ConfigError
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Layout, memory part by part, bytes on the wire and on the disk, which setting makes it fit. Starts nothing."
+        "Layout, memory part by part, bytes on the wire and on the disk, which setting makes it fit; what a step takes at each "
+        "staleness, and who idles meanwhile. Starts nothing."
     )
     add_recipe(parser)
     parser.add_argument("--gpu-gib", type=positive_float, default=80.0, help="memory of one GPU (default: 80)")
     parser.add_argument(
         "--fit", type=positive_int, metavar="GPUS", help="search the trainer's layouts on so many GPUs instead"
     )
+    parser.add_argument(
+        "--measured",
+        metavar="NAME=SECONDS,...",
+        help="what a step takes, by measured figures instead of arithmetic: token_s (of a response alone on its server), "
+        "score_s (of a mean response), train_s (a step), sync_s (a push of weights)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the plan."""
+    from megatron_distill.launch import step_time
     from megatron_distill.launch.layouts import layout_problems
     from megatron_distill.launch.plan import architecture, plan, remedies, render
 
     config = chosen_config(options)
+    measured = step_time.parse_measured(options.measured) if options.measured else {}
     student = architecture(config.student.path)
     teacher = architecture(config.teacher.path) if config.needs_teacher else None
     models = {"student": student} | ({"teacher": teacher} if teacher else {})
@@ -37,3 +46,5 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("\n".join(problems))
     result = plan(config, student, teacher, options.gpu_gib)
     print(render(config, student, result, remedies(config, student, teacher, options.gpu_gib)))
+    paper = step_time.on_paper(config, student, teacher, options.gpu_gib, measured)
+    print(f"\n{step_time.render(config, paper)}")

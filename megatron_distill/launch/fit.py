@@ -130,7 +130,7 @@ def step_seconds(config: RunConfig, student: HfConfig, teacher: HfConfig | None)
     tokens = num_micro * micro_batch_tokens(config) / cp  # of a rank's step
     work, layers = _slowest_rank(config, student)
     if teacher is not None and config.teacher.in_trainer:
-        work += 2 / passes * _active(teacher)
+        work += 2 / passes * active_parameters(teacher)
     width = student.hidden_size * SIZE * tokens / tp
     busy = {"compute": 2 * passes * work * tokens / tp / FLOPS}
     busy["launches"] = layers * num_micro * LAUNCH_S * passes / 3 * (2 if student.num_experts else 1)
@@ -157,7 +157,7 @@ def _slowest_rank(config: RunConfig, model: HfConfig) -> tuple[float, int]:
     parallel = config.student.parallel
     row = config.data.max_prompt_tokens + config.max_horizon_tokens
     matrix = model.vocab_size * model.hidden_size
-    layer = (_active(model) - matrix * (1 if model.tie_word_embeddings else 2)) / model.num_layers
+    layer = (active_parameters(model) - matrix * (1 if model.tie_word_embeddings else 2)) / model.num_layers
     layer += model.num_attention_heads * model.head_dim * row  # scores and values, over half the square
     head = matrix * config.max_horizon_tokens / row
     stages = stage_layers(model.num_layers, parallel.pp * parallel.vpp)
@@ -168,13 +168,12 @@ def _slowest_rank(config: RunConfig, model: HfConfig) -> tuple[float, int]:
     return work, slowest
 
 
-def _active(model: HfConfig) -> float:
-    """Parameters that work on a token."""
-    number = num_parameters(model)
-    if model.num_experts:
-        expert = 3 * model.hidden_size * model.expert_ffn_hidden_size
-        number -= model.num_layers * (model.num_experts - model.experts_per_token) * expert
-    return number
+def active_parameters(model: HfConfig, tokens: int = 1) -> float:
+    """Parameters that work on a token; those that work on any of so many, if each chooses its experts at random."""
+    if not model.num_experts:
+        return num_parameters(model)
+    idle = model.num_experts * (1 - model.experts_per_token / model.num_experts) ** tokens
+    return num_parameters(model) - model.num_layers * idle * 3 * model.hidden_size * model.expert_ffn_hidden_size
 
 
 def _num_axes(config: RunConfig) -> int:

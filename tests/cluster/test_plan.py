@@ -1,4 +1,4 @@
-"""What `plan` promises: exact counts, sound arithmetic, remedies that work, and no heavy import."""
+"""What `plan` promises: exact counts, sound arithmetic, remedies that work, a step on paper, and no heavy import."""
 
 import json
 import os
@@ -16,9 +16,10 @@ from megatron_distill.cli.main import main
 from megatron_distill.config import ParallelConfig, RunConfig, StudentConfig, problems_of, with_overrides
 from megatron_distill.config.loading import all_recipes
 from megatron_distill.errors import CheckpointError
-from megatron_distill.launch import fit, memory
+from megatron_distill.launch import fit, memory, step_time
 from megatron_distill.launch import plan as planner
 from megatron_distill.launch.nodes import groups_of
+from megatron_distill.launch.simulation import Setting
 from megatron_distill.losses.fused_linear import default_chunk_tokens
 
 HERE = Path(__file__).parent
@@ -261,6 +262,7 @@ def test_plan_prints_without_torch_models_or_servers() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "8,190,735,360 parameters" in done.stdout and "DOES NOT FIT" not in done.stdout
+    assert "a step on paper" in done.stdout
 
 
 def test_plan_says_what_does_not_fit_and_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,6 +270,106 @@ def test_plan_says_what_does_not_fit_and_what_to_type(capsys: pytest.CaptureFixt
     assert main(["plan", "qwen3.b06_from_8b_1x8_4096", "--gpu-gib", "32"]) == 0
     printed = capsys.readouterr().out
     assert "DOES NOT FIT" in printed and "to fit: student.recompute=full" in printed
+
+
+# --- a step on paper --------------------------------------------------------------------------------------------------
+
+
+def page(*words: str) -> str:
+    """The second page of a plan."""
+    config = with_overrides(BIG[words[0]](), list(words[1:]))
+    return step_time.render(config, step_time.on_paper(config, *models_of(config), 80, {}))
+
+
+@pytest.mark.parametrize("name", ["b06_grpo_1x8_4096", "b8_from_32b_4x8_4096", "moe30b_from_32b_4x8_2048"])
+def test_the_second_page_tells_each_design_within_100_columns(name: str) -> None:
+    """Four rows, the slowest first, the recipe's own marked; a timeline of each; no server that the run does not have."""
+    printed = page(name)
+    assert max(map(len, printed.splitlines())) <= 100
+    found = re.findall(
+        r"^  (one after .*?|scores .*?|one step .*?|\d steps .*?)  +(\*?) +([\d.]+) +([\d.]+) ", printed, re.M
+    )
+    assert [name for name, *_ in found] == [
+        "one after the other",
+        "scores streamed",
+        "one step ahead",
+        "4 steps in flight",
+    ]
+    assert [mark for _, mark, *_ in found] == ["", "*", "", ""]
+    for place in (2, 3):
+        seconds = [float(row[place]) for row in found]
+        assert seconds == sorted(seconds, reverse=True)
+    assert printed.count("    trainer  ") == printed.count("    student  ") == 4
+    assert printed.count("    teacher  ") == (0 if "grpo" in name else 4)
+
+
+def test_the_second_page_follows_the_recipe() -> None:
+    """Its staleness is what is marked and shown; what it does not model is told, not shown."""
+    assert re.search(r"8 steps in flight +\*", page("b8_from_32b_4x8_4096", "rollouts.max_staleness_steps=8"))
+    assert re.search(r"one step ahead +\*", page("b8_from_32b_4x8_4096", "rollouts.max_staleness_steps=1"))
+    told = page("b06_from_4b_1x8_4096", "rollouts.student_prefix_frac=0.5")
+    assert "rollouts.student_prefix_frac=1" in told and "in flight" not in told
+
+
+def test_a_step_at_the_cap_can_be_added_up() -> None:
+    """Four responses of 4096 tokens a server at a time, eight scores a teacher's server, training, a push: all measured."""
+    config = qwen3.b8_from_32b_4x8_4096()
+    measured = {"token_s": 0.0085, "score_s": 0.4, "train_s": 3.0, "sync_s": 4.0}
+    paper = step_time.on_paper(config, *models_of(config), 80, measured)
+    student, longest = paper.setting.student, 512 + 4096
+    assert student.token_s == 0.0085 and student.seats == 75 and 1 < student.slowdown(4) < 1.1
+    by_length = longest / (512 + step_time.mean_length(4096))
+    write_s = (4096 * 0.0085 + student.request_s) * student.slowdown(4)
+    added = write_s + (8 * 0.4 + 3.0) * by_length + 4.0
+    rows = step_time.rows(config, paper)
+    assert rows[0].capped_s == rows[1].capped_s == pytest.approx(added)
+    assert rows[2].capped_s == pytest.approx(added - 3.0 * by_length)  # training hides behind drawing
+
+
+def test_latencies_come_from_the_models_shapes() -> None:
+    """Decoding reads weights and cache; scoring and training multiply; of experts those that are chosen are read."""
+    config = qwen3.b8_from_32b_4x8_4096()
+    student, teacher = models_of(config)
+    assert teacher is not None
+    paper = step_time.on_paper(config, student, teacher, 80, {})
+    token_s = paper.setting.student.token_s
+    context = 512 + step_time.mean_length(4096) / 2
+    assert token_s == pytest.approx(2e-3 + (2 * 8_190_735_360 + 147_456 * context) / (0.8 * 3.35e12))
+    assert paper.setting.teacher is not None
+    assert paper.setting.teacher.token_s == pytest.approx(2 * 32_762_123_264 / (2 * 400e12))
+    full_s = sum(fit.step_seconds(config, student, teacher).values())
+    assert paper.train_s == pytest.approx(full_s * (512 + step_time.mean_length(4096)) / (1024 + 4096))
+    moe = planner.architecture("models/Qwen3-30B-A3B-Base")
+    read = [fit.active_parameters(moe, tokens) for tokens in (1, 8, 10_000)]
+    assert read[0] == pytest.approx(3.35e9, rel=0.01) and read[0] < read[1] < read[2] == memory.num_parameters(moe)
+
+
+def test_weights_stop_the_servers_for_as_long_as_they_read() -> None:
+    """A broadcast all the time; through a disk only while they load what is written already."""
+    config = qwen3.b8_from_32b_4x8_4096()
+    models, weights = models_of(config), 2 * 8_190_735_360
+
+    def setting(sync: str, **measured: float) -> Setting:
+        chosen = with_overrides(config, [f"servers.weight_sync={sync}"])
+        return step_time.on_paper(chosen, *models, 80, measured).setting
+
+    broadcast, disk = setting("broadcast"), setting("disk")
+    assert broadcast.sync_s == broadcast.pause_s == weights / 5e9
+    assert disk.sync_s == weights * 9 / 4e9 and disk.pause_s == pytest.approx(disk.sync_s * 8 / 9)
+    assert setting("disk", sync_s=9.0).pause_s == 8.0
+
+
+def test_measured_figures_take_the_place_of_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the command line, by name; anything else is refused before a page is printed."""
+    recipe = "qwen3.b8_from_32b_4x8_4096"
+    assert main(["plan", recipe, "--measured", "train_s=30,sync_s=4.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "but for what was measured" in printed
+    assert "  trainer   30.00 s: measured" in printed and "  weights   4.50 s: by broadcast, measured" in printed
+    for wrong in ("train_s", "train_s=x", "train_s=-1", "step_s=3", "train_s=3,,", "train_s=inf"):
+        assert main(["plan", recipe, "--measured", wrong]) != 0
+        captured = capsys.readouterr()
+        assert "--measured = " in captured.err and "a step on paper" not in captured.out
 
 
 def test_an_unknown_model_is_an_error_that_names_it() -> None:
