@@ -10,6 +10,10 @@ for an answer, so both cores belong to the trainer. The bound of a step is the s
 and the longer of drawing (write, score) and training (train, sync) where they overlap; the phases are those measured at
 staleness 0, in the same run of this program. In flight no step waits for its own longest response: the bound is then the longer
 of training and of the work that a step gives the servers' seats, all of them taken.
+
+"simulated" is the mean step, measured / said by ``launch.simulation``, which ``megatron-distill plan`` prints: played with the
+lengths, latencies and seats of these servers, and with what training and pushes took in the very run. What it leaves out (HTTP,
+packing, metrics, cores that are shared) is what the ratio shows.
 """
 
 import argparse
@@ -35,6 +39,8 @@ from megatron_distill import config as config_module
 from megatron_distill.config.loading import load_recipe
 from megatron_distill.launch import endpoints
 from megatron_distill.launch.launch import ROLE_ENV
+from megatron_distill.launch.simulation import Design, Response, Servers, Setting, Step, play
+from megatron_distill.rollouts.order import sampling_seed
 from megatron_distill.runs.run_folder import RunFolder
 
 Json = dict[str, Any]
@@ -100,12 +106,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(self._score(request))
 
     def _write(self, request: Json) -> Json:
-        """A response whose length depends on its seed alone: lognormal, a median of half the horizon, cut at it."""
+        """A response whose length depends on its seed alone."""
         params = request["sampling_params"]
-        rng = np.random.default_rng(params["sampling_seed"])
         longest = params["max_new_tokens"]
-        length = int(min(longest, max(2, rng.lognormal(np.log(longest / 2), 0.5))))
-        ids = rng.integers(10, 200, length).tolist()
+        length = length_of(params["sampling_seed"], longest)
+        ids = np.random.default_rng(params["sampling_seed"]).integers(10, 200, length).tolist()
         finish: Json = {"type": "length", "length": length}
         if length < longest:
             ids[-1] = params["stop_token_ids"][0]
@@ -155,6 +160,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+def length_of(seed: int, longest: int) -> int:
+    """Tokens of the response that a seed draws: lognormal, a median of half the longest, cut at it."""
+    return int(min(longest, max(2, np.random.default_rng(seed).lognormal(np.log(longest / 2), 0.5))))
+
+
 def _spans(changes: list[tuple[float, str]], began: float, length: int) -> list[Json]:
     """Which weights drew which of ``length`` tokens, the first of them at ``began``."""
     first_tokens = [int(np.clip(np.ceil((since - began) / STUDENT_TOKEN_S), 0, length)) for since, _ in changes]
@@ -194,6 +204,8 @@ class Row:
         replicas: of the student's servers, as many of the teacher's.
         staleness: ``rollouts.max_staleness_steps``.
         step_s: from one step to the next.
+        mean_step_s: the same, a mean.
+        simulated_s: what ``launch.simulation`` makes of the servers' latencies and of what training and pushes took.
         draw_s: until the step's samples were there, written, scored and judged; ahead, what was waited for.
         train_s: forward, backward and optimizer.
         sync_s: the weights' way to the servers.
@@ -207,6 +219,8 @@ class Row:
     replicas: int
     staleness: int
     step_s: float
+    mean_step_s: float
+    simulated_s: float
     draw_s: float
     train_s: float
     sync_s: float
@@ -243,12 +257,31 @@ def measure(
             ended = subprocess.run(command, stdout=out, stderr=out, env=os.environ | ROLE_ENV, check=False)
         if ended.returncode:
             raise SystemExit((folder.logs / "trainer.out").read_text()[-3000:])
-        steps = folder.steps()[WARM_UP:-1]  # the last one is followed by an evaluation
+        all_steps = folder.steps()
+    steps = all_steps[WARM_UP:-1]  # the last one is followed by an evaluation
     names = ("step_s", "train_s", "sync_s", "staleness_steps")
     medians = {name: statistics.median(one[name] for one in steps) for name in names}
     medians["work_s"] = sum(server.work_s for server in servers[:replicas]) / AT_ONCE / replicas / STEPS
+    medians["mean_step_s"] = statistics.mean(one["step_s"] for one in steps)
+    medians["simulated_s"] = simulate(config, all_steps)
     drawn = statistics.median(one["rollout_s"] + one["score_s"] for one in steps)
     return Row(rollouts, horizon_tokens, replicas, staleness, draw_s=drawn, varies=varies, **medians)
+
+
+def simulate(config: config_module.RunConfig, measured: list[Json]) -> float:
+    """A mean step of the same run in ``launch.simulation``: the same lengths, latencies and seats, training as it was."""
+    count, longest = config.rollouts_per_step, config.max_horizon_tokens
+    steps = []
+    for number, one in enumerate(measured):
+        seeds = (sampling_seed(config.seed, number * count + place) for place in range(count))
+        steps.append(Step(tuple(Response(0, length_of(seed, longest)) for seed in seeds), one["train_s"]))
+    setting = Setting(
+        student=Servers(config.servers.student_replicas, AT_ONCE, STUDENT_TOKEN_S),
+        teacher=Servers(config.servers.teacher_replicas, AT_ONCE, 0.0, request_s=TEACHER_SEQUENCE_S),
+        sync_s=statistics.mean(one["sync_s"] for one in measured[WARM_UP:-1]),  # emulated servers write on meanwhile
+    )
+    played = play(steps, setting, Design(config.rollouts.max_staleness_steps))
+    return played.shares(WARM_UP, len(steps) - 1).step_s
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
@@ -259,15 +292,18 @@ def overlap() -> list[Row]:
     rows = [measure(staleness) for staleness in STALENESS]
     serial = rows[0]
     draw, train = serial.draw_s, serial.train_s + serial.sync_s
-    print("| staleness | measured | step, s | bound, s | step / bound | trainer idle | seats empty | of serial |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| staleness | measured | step, s | bound, s | step / bound | trainer idle | seats empty | of serial | simulated |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         bound = {0: draw + train, 1: max(draw, train)}.get(row.staleness, max(row.work_s, train))
         idle = (1 - min(1, busy / row.step_s) for busy in (train, row.work_s))
         shares = " | ".join(f"{share:.0%}" for share in idle)
         print(
             f"| {row.staleness} | {row.staleness_steps:.1f} | {row.step_s:.2f} | {bound:.2f} | {row.step_s / bound:.2f} "
-            f"| {shares} | {row.step_s / serial.step_s:.2f} |"
+            f"| {shares} | {row.step_s / serial.step_s:.2f} | {row.mean_step_s:.2f} / {row.simulated_s:.2f} = "
+            f"{row.mean_step_s / row.simulated_s:.2f} |"
         )
     return rows
 
