@@ -14,10 +14,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_recipe(parser)
     parser.add_argument("--gpu-gib", type=positive_float, default=80.0, help="memory of one GPU (default: 80)")
-    parser.add_argument(
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
         "--fit", type=positive_int, metavar="GPUS", help="search the trainer's layouts on so many GPUs instead"
     )
-    parser.add_argument(
+    either.add_argument(
         "--measured",
         metavar="NAME=SECONDS,...",
         help="what a step takes, by measured figures instead of arithmetic: token_s (of a response alone on its server), "
