@@ -283,7 +283,8 @@ def wire(config: RunConfig, student: HfConfig, teacher: HfConfig | None) -> Iter
     if config.uses_student_prefixes:
         weights = num_parameters(student) * size
         readers = config.servers.student_replicas
-        yield Part("weight sync", weights * (1 + readers), f"written once, read by {readers} student server(s)")
+        how = "written once, read by" if config.servers.weight_sync == "disk" else "gathered on rank 0, broadcast to"
+        yield Part("weight sync", weights * (1 + readers), f"{how} {readers} student server(s)")
     if config.distill.weight > 0 and config.teacher.sends_hidden_states and teacher is not None:
         # Base64 of the last hidden state, and JSON for the token's log-prob.
         token = teacher.hidden_size * size * 4 / 3 + 36
