@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -176,9 +177,15 @@ def test_a_browser_follows_the_run_as_it_goes_on(chromium: None, folder: RunFold
 def test_the_command_prints_where_to_look_and_ends_on_ctrl_c(folder: RunFolder) -> None:
     """``megatron-distill watch RUN`` prints one line with the address, answers there, and leaves with Ctrl-C."""
     command = [sys.executable, "-m", "megatron_distill.cli.main", "watch", str(folder.root)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  tests in the background ignore it
+    ) as process:
         assert process.stdout is not None
         address = process.stdout.readline().split()[0]
         assert asked(int(address.rsplit(":", 1)[1]), "/run")["config"]["name"] == "watched"
-        os.killpg(process.pid, 2)
+        os.killpg(process.pid, signal.SIGINT)
     assert process.returncode == 0
