@@ -3,8 +3,8 @@
 In: a recipe (a function in ``recipes/`` that returns a ``RunConfig``) and overrides from the command line
 (``curriculum.horizon_tokens=256``). Out: a validated ``RunConfig``, written to the run folder as ``config.json``.
 
-    schema    the dataclasses: every field with its default and its help text; ``curricula``, ``data`` and ``objective`` (what
-              is minimised) are parts of it
+    schema    the dataclasses: every field with its default and its help text; ``checkpoints``, ``curricula``, ``data``,
+              ``objective`` (what is minimised) and ``servers`` are parts of it
     rules     which values go together
     files     to JSON and back, overrides
     reference the text of --help, and docs/config.md
@@ -37,12 +37,12 @@ from megatron_distill.config.schema import (
     ParallelConfig,
     RolloutConfig,
     RunConfig,
-    ServersConfig,
     StudentConfig,
     TeacherConfig,
     all_fields,
     walk,
 )
+from megatron_distill.config.servers import ServersConfig
 
 __all__ = [
     "SERVER_RESERVED_TOKENS",

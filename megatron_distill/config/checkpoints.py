@@ -19,7 +19,7 @@ class CheckpointConfig:
         "found whole",
         "[0, 1e9]",
     )
-    keep_every_steps: int = plain(0, "besides, keep those whose step is a multiple of this; 0 is none", "[0, 1e9]")
+    keep_every_steps: int = plain(0, "also keep those whose step is a multiple of this; 0 is none", "[0, 1e9]")
     keep_best: Literal["none", "avg_at_k", "pass_at_k"] = plain(
         "none",
         "keep the student of the best evaluation on the held-out set, by this metric, in hf_best/, and its checkpoint if one "

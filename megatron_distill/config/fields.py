@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_distill.config.schedules import Schedule
 
-_WIDE = 1000  # bounds from here on only keep nonsense out, and need not be told to whoever is below the other
+_WIDE = 1000  # an upper bound from here on only keeps nonsense out: who broke the lower one need not hear of it
 
 
 @dataclass(frozen=True)
@@ -44,25 +44,20 @@ class Interval:
 
 
 def plain(default: Any, help_text: str, within: str = "") -> Any:
-    """A field; a number, a schedule or a list of numbers says ``within`` which interval it, or each of it, must lie."""
+    """A field; of a number, a schedule or a list of numbers, ``within`` is the interval in which each value must lie."""
     metadata: dict[str, Any] = {"help": help_text}
     if within:
         metadata["within"] = Interval(within)
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return _field(default, metadata)
 
 
 def function(default: Any, built_in: tuple[str, ...], help_text: str) -> Any:
     """A name, several, or several with values, each built in or ``path/to/file.py:function``; paths become absolute."""
-    metadata = {"help": help_text, "function": True, "built_in": built_in}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return _field(default, {"help": help_text, "function": True, "built_in": built_in})
 
 
 def broken_range(name: str, metadata: Mapping[str, Any], value: Any) -> str | None:
-    """The rule that a field's value breaks by lying outside of its interval; None if it lies inside."""
+    """The rule that a field's value breaks by lying outside its interval; None if it lies inside."""
     within: Interval | None = metadata.get("within")
     if within is None or value is None:
         return None
@@ -71,3 +66,9 @@ def broken_range(name: str, metadata: Mapping[str, Any], value: Any) -> str | No
     if not outside:
         return None
     return f"a share {within.rule(outside[0])}" if name.endswith("_frac") else within.rule(outside[0])
+
+
+def _field(default: Any, metadata: dict[str, Any]) -> Any:
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)

@@ -1,4 +1,4 @@
-"""A config as plain values: JSON files, dotted overrides, and the fields' help text.
+"""A config as plain values: JSON files, dotted overrides, and the fields' types and kinds as a reader sees them.
 
 In: a ``RunConfig``, or what should become one. Out: the other; reading is strict and reports all problems at once.
 """
@@ -23,6 +23,7 @@ _KINDS: dict[str, dict[str, type]] = {
     "curriculum": {cls().kind: cls for cls in (FixedHorizon, Ladder, Progressive, EntropyGated)}
 }
 """Sections that have a type for each kind, the default first."""
+_WRITABLE = "must be text that a file can hold: no NUL, and no half of a surrogate pair. Type it again."
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -135,10 +136,14 @@ def field_type(spec: "dataclasses.Field[Any]") -> str:
 def kinds_of(where: str) -> list[str]:
     """The kinds that a field belongs to; empty if it belongs to every config."""
     section, _, name = where.rpartition(".")
-    owners = [
-        kind for kind, cls in _KINDS.get(section, {}).items() if name in {f.name for f in dataclasses.fields(cls)}
-    ]
+    owners = _owners(section, name)
     return owners if len(owners) < len(_KINDS.get(section, {})) else []
+
+
+def _owners(section: str, name: str) -> list[str]:
+    """The kinds of a section that have a field of this name; empty also for a section without kinds."""
+    kinds = _KINDS.get(section, {})
+    return [kind for kind, cls in kinds.items() if name in {spec.name for spec in dataclasses.fields(cls)}]
 
 
 def _all_kinds() -> tuple[str, ...]:
@@ -180,11 +185,10 @@ def _build_kind(section: str, data: Any, problems: list[str]) -> Any:
 def _of_other_kind(where: str, key: str, data: Mapping[str, Any]) -> str:
     """Whose field an unknown key of a section with kinds is; empty if it is nobody's."""
     section = where.rstrip(".")
-    kinds = _KINDS.get(section, {})
-    owners = [kind for kind, cls in kinds.items() if key in {spec.name for spec in dataclasses.fields(cls)}]
+    owners = _owners(section, key)
     if not owners:
         return ""
-    kind = data.get("kind", next(iter(kinds)))
+    kind = data.get("kind", next(iter(_KINDS[section])))
     return f"belongs to {section}.kind={' or '.join(owners)}, and the kind is {kind}. Set the kind, or drop it."
 
 
@@ -260,9 +264,6 @@ def _coerce(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
     elif kind is str and not _can_be_written(value):
         problems.append(f"{where} = {value!r}: {_WRITABLE}")
     return value
-
-
-_WRITABLE = "must be text that a file can hold: no NUL, and no half of a surrogate pair. Type it again."
 
 
 def _can_be_written(value: Any) -> bool:

@@ -87,6 +87,7 @@ def problems_of(config: RunConfig) -> list[str]:
         "Set it to 1, or set teacher.transport=sglang_hidden or in_process.",
     )
     _layer_rules(config, rule)
+    _flag_rules(config, rule)
     _teacher_rules(config, rule)
     share = config.student.parallel.dp * config.micro_batch_rollouts
     rule(
@@ -163,14 +164,18 @@ def _teacher_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) ->
 
 
 def _layer_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> None:
-    """The rules of how Megatron runs the student."""
+    """The rules of whose layers the trainer runs."""
     student = config.student
     rule(
         student.layer_spec != "transformer_engine" or student.dtype == "bf16",
         "student.layer_spec",
         "its attention kernels take no fp32. Set student.dtype=bf16, or student.layer_spec=local.",
     )
-    servers = config.servers
+
+
+def _flag_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> None:
+    """The rules of the flags that go to Megatron and SGLang as they are: none that the run decides itself."""
+    student, servers = config.student, config.servers
     for where, arguments, reasons in (
         ("student.megatron_args", student.megatron_args, MEGATRON),
         ("servers.student_args", servers.student_args, SGLANG),

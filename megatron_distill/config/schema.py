@@ -15,6 +15,7 @@ from megatron_distill.config.data import DataConfig
 from megatron_distill.config.fields import function, plain
 from megatron_distill.config.objective import REWARDS, DistillConfig, RlConfig, SftConfig
 from megatron_distill.config.schedules import Schedule, constant
+from megatron_distill.config.servers import ServersConfig
 
 SERVER_RESERVED_TOKENS = 8  # places of a server's context that SGLang keeps for itself (7), and one to spare
 SERVING_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # ``StudentConfig.dtype`` as SGLang spells it
@@ -203,8 +204,7 @@ class OptimizerConfig:
 class EvalConfig:
     """Accuracy on the held-out problems."""
 
-    reward: str = function("math", REWARDS, "judges responses, above 0.5 counts as right: a name as in rl.reward")
-
+    reward: str = function("math", REWARDS, "judges responses; above 0.5 counts as right: a name as in rl.reward")
     num_problems: int = plain(100, "held-out problems evaluated, from the first on", "[1, 1e9]")
     samples_per_problem: int = plain(4, "k of Avg@k and Pass@k", "[1, 1e9]")
     temperature: float = plain(0.6, "sampling temperature", "[0, inf)")
@@ -224,71 +224,11 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class ServersConfig:
-    """The SGLang servers beside the trainer."""
-
-    student_replicas: int = plain(1, "student servers; rollouts go to the least loaded", "[1, 4096]")
-    teacher_replicas: int = plain(
-        1,
-        "teacher servers; 0 if teacher.transport is a function that needs none, e.g. for a teacher that runs elsewhere",
-        "[0, 4096]",
-    )
-    evaluation_replicas: int = plain(
-        0,
-        "servers of their own for evaluations, each like a student's; training goes on meanwhile. 0: the student's servers "
-        "answer, and training waits",
-        "[0, 4096]",
-    )
-    student_tp: int = plain(1, "tensor-parallel size of each student and evaluation server", "[1, 4096]")
-    teacher_tp: int = plain(1, "tensor-parallel size of each teacher server", "[1, 4096]")
-    deterministic: bool = plain(
-        True,
-        "servers that write answer the same request with the same tokens, whatever else is being answered; false is faster "
-        "on GPUs, and a resumed run is then no longer equal to an unbroken one. Servers that only score draw nothing",
-    )
-    student_args: tuple[str, ...] = plain(
-        (),
-        "more flags of sglang.launch_server for the student's servers, as --name=value or --name, after the run's own; "
-        "those that the run decides are refused",
-    )
-    teacher_args: tuple[str, ...] = plain((), "the same for the teacher's servers")
-    weight_sync: Literal["disk", "broadcast"] = plain(
-        "disk",
-        "how new weights reach the student's servers; disk: a directory that they can read; broadcast: a process group of "
-        "rank 0 and the servers, gloo on CPU and NCCL on GPUs",
-    )
-    sync_bucket_mib: int = plain(256, "broadcast: size of one message; rank 0 holds one at a time", "[1, 1e6]")
-    startup_timeout_s: float = plain(600.0, "longest wait for a server's health", "(0, inf)")
-    request_timeout_s: float = plain(
-        600.0,
-        "longest wait for a reply, besides the time that its tokens may take; it is asked for twice more",
-        "(0, inf)",
-    )
-    min_tokens_per_s: float = plain(
-        10.0,
-        "slowest rate at which a response may be drawn: its time limit is longer by its tokens over this",
-        "(0, inf)",
-    )
-    requests_per_replica: int = plain(64, "requests in flight to one replica", "[1, 1e9]")
-    hang_timeout_s: float = plain(
-        300.0,
-        "longest time without a sign of life before a server is taken for hung and started again; it must be longer than a "
-        "weight update takes",
-        "(0, inf)",
-    )
-    max_restarts_per_hour: int = plain(
-        5,
-        "how often a server that died or hung is started again within an hour; 0 ends the run at the first loss",
-        "[0, 1e9]",
-    )
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """One run: who learns from whom, on what, how, for how long."""
 
     name: str = plain("run", "names the run folder: runs/NAME")
-    seed: int = plain(1, "of prompts' order, sampling and Megatron", "[1, 2147483647]")
+    seed: int = plain(1, "of the prompts' order, of sampling and of Megatron", "[1, 2147483647]")
     num_steps: int = plain(100, "optimizer steps", "[1, 1e9]")
     micro_batch_rollouts: int = plain(
         8, "rollouts in one forward and backward pass of one replica; changes no result", "[1, 1e9]"
@@ -302,8 +242,8 @@ class RunConfig:
     )
     head_chunk_tokens: int = plain(
         0,
-        "response tokens whose logits exist at a time: a micro-batch's loss and its gradient are computed so many tokens by so "
-        "many; 0 is as many as fill 64 MiB on a CPU and 512 MiB on a GPU in fp32; changes no result",
+        "response tokens whose logits exist at a time: a micro-batch's loss and its gradient are computed "
+        "chunk by chunk; 0 is as many as fill 64 MiB on a CPU and 512 MiB on a GPU in fp32; changes no result",
         "[0, 1e9]",
     )
     cpu_threads: int = plain(
