@@ -77,9 +77,7 @@ def on_the_wire() -> None:
         _, read_s = timed(lambda nested=nested: torch.tensor(json.loads(nested)["meta_info"]["hidden_states"][0]))
         times = "".join(f"{1e6 * seconds / NUM_TOKENS:9.1f}" for seconds in (write_s, read_s))
         print(f"  {'  as nested lists':<32}{len(nested) / NUM_TOKENS:9,.0f}{'':9}{times}")
-        signal = wire.read_hidden_states(
-            reply_with({REPLY_KEY: [encode([rows], NUM_TOKENS + 1)]}), 1, NUM_TOKENS
-        )  # fmt: skip
+        signal = wire.read_hidden_states(reply_with({REPLY_KEY: [encode([rows], NUM_TOKENS + 1)]}), 1, NUM_TOKENS)
         assert torch.equal(as_tensor(signal.hidden), rows[:-1])
 
 

@@ -12,10 +12,12 @@ from megatron_distill import config as config_module
 from megatron_distill.cli.main import main
 from megatron_distill.config import CheckpointConfig
 from megatron_distill.convert.damage import damage_of
+from megatron_distill.convert.export import checkpoint_of, export
 from megatron_distill.convert.hf_files import HfDirectory
 from megatron_distill.convert.offline import hf_to_megatron
 from megatron_distill.convert.verify import compare_tensors
 from megatron_distill.errors import CheckpointError, DistillError
+from megatron_distill.evaluate.command import evaluate_model
 from megatron_distill.launch.disk import bytes_to_come, disk
 from megatron_distill.launch.fork import fork
 from megatron_distill.launch.launch import check_folder
@@ -177,7 +179,7 @@ def test_a_fork_stands_at_its_step_with_another_config(
 @pytest.mark.parametrize(
     ("step", "override", "message"),
     [
-        (25, "seed=2", r"--step = 25: the run holds no checkpoint of it \(there: 10, 20, 30, 40\)"),
+        (25, "seed=2", r"--step = 25: .* holds no checkpoint of it \(there: 10, 20, 30, 40\)"),
         (20, "num_steps=20", "num_steps = 20: must exceed 20"),
         (20, "student.dtype=bf16", r"student\.dtype = 'bf16': must be 'fp32'"),
         (20, f"student.path={tiny.MODELS / 'teacher'}", "is of another architecture"),
@@ -236,13 +238,28 @@ def test_any_checkpoint_is_exported(folder: RunFolder, tmp_path: Path, capsys: p
     assert "iter_0000020" in printed and "iter_0000040" in printed and "iter_0000030" in printed
 
 
-def test_an_export_of_what_is_not_there_or_not_whole_is_refused(folder: RunFolder, tmp_path: Path) -> None:
-    """With the steps that there are; a damaged one is named, and nothing is written."""
-    from megatron_distill.convert.export import export
+@pytest.mark.parametrize("take", ["export", "export of a bare one", "fork", "eval"])
+def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused(take: str, folder: RunFolder, tmp_path: Path) -> None:
+    """By whatever takes one, with the steps that there are; a damaged one is named, and nothing is written."""
+
+    def at(step: int) -> object:
+        out = tmp_path / "out"
+        if take == "fork":
+            return fork(folder, step, tiny.quickstart(), RunFolder(out))
+        if take == "eval":
+            return evaluate_model(str(folder.root), out=out, step=step)
+        source, hf_dir = (folder.root, None) if take == "export" else (folder.checkpoints, tiny.MODELS / "student")
+        return export(source, out, step=step, hf_dir=hf_dir, overwrite=False)
 
     with pytest.raises(CheckpointError, match=r"--step = 15: .*there: 10, 20, 30, 40"):
-        export(folder.root, tmp_path / "out", step=15, hf_dir=None, overwrite=False)
-    next(directory_of(folder, 20).glob("*.distcp")).unlink()
-    with pytest.raises(CheckpointError, match="is missing"):
-        export(folder.root, tmp_path / "out", step=20, hf_dir=None, overwrite=False)
-    assert not (tmp_path / "out").exists()
+        at(15)
+    next(directory_of(folder, 20).glob("*.distcp")).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"has 0 bytes.* Name another --step \(there: 10, 30, 40\)"):
+        at(20)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_without_a_checkpoint_there_is_no_latest_one(tmp_path: Path) -> None:
+    """The message names the folder, and no step that nobody gave."""
+    with pytest.raises(CheckpointError, match=r"run: holds no checkpoint yet\. Train on"):
+        checkpoint_of(RunFolder(tmp_path / "run"), None)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from megatron_distill import config as config_module
 from megatron_distill.convert.damage import damage_of
+from megatron_distill.convert.megatron_files import MegatronCheckpoint
 from megatron_distill.convert.offline import megatron_to_hf
 from megatron_distill.errors import CheckpointError
 from megatron_distill.runs import marks
-from megatron_distill.runs.checkpoints import directory_of, steps_on_disk
+from megatron_distill.runs.checkpoints import directory_name, steps_in
 from megatron_distill.runs.run_folder import RunFolder
 
 
@@ -31,40 +32,50 @@ def export(source: Path, target: Path, *, step: int | None, hf_dir: Path | None,
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    directory = source
     if marks.kind_of(source) == "run":
         folder = RunFolder(source)
         directory = checkpoint_of(folder, step)
         hf_dir = hf_dir or Path(config_module.load(folder.config).student.path)
-        if damage := damage_of(directory):
-            raise CheckpointError(f"{directory}: {damage}. Name another --step: {_listed(folder)}.")
-    elif step is not None:
-        directory = source / f"iter_{step:07d}"
-        if not directory.is_dir():
-            present = ", ".join(sorted(path.name for path in source.glob("iter_*"))) or "none"
-            raise CheckpointError(
-                f"--step = {step}: {source} holds no {directory.name} (there: {present}). Name another."
-            )
+    else:
+        directory = MegatronCheckpoint(source).directory if step is None else _of_step(source, step)
+    check_whole(directory)
     megatron_to_hf(directory, target, hf_dir=hf_dir, overwrite=overwrite)
     return directory
 
 
 def checkpoint_of(folder: RunFolder, step: int | None) -> Path:
-    """Where a run's checkpoint of a step is, or its latest.
+    """Where a run's checkpoint of a step is, or its latest; whether it is whole, ``check_whole`` says.
 
     Raises:
         CheckpointError: there is none.
     """
-    wanted = step if step is not None else folder.latest_checkpoint_step()
-    directory = directory_of(folder, wanted)
-    if not directory.is_dir():
-        what = f"--step = {step}" if step is not None else f"{folder.root}"
+    if step is None and not (step := folder.latest_checkpoint_step()):
         raise CheckpointError(
-            f"{what}: the run holds no checkpoint of it (there: {_listed(folder)}). Name one of those, or train with "
-            "save_every_steps."
+            f"{folder.root}: holds no checkpoint yet. Train on, with save_every_steps to have some soon."
+        )
+    return _of_step(folder.checkpoints, step)
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Compare every checksum in a checkpoint's directory.
+
+    Raises:
+        CheckpointError: it is damaged; said with the steps of the other checkpoints beside it.
+    """
+    if damage := damage_of(checkpoint):
+        others = [step for step in steps_in(checkpoint.parent) if directory_name(step) != checkpoint.name]
+        raise CheckpointError(f"{damage}. The checkpoint is damaged. Name another --step (there: {_listed(others)}).")
+
+
+def _of_step(checkpoints: Path, step: int) -> Path:
+    directory = checkpoints / directory_name(step)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"--step = {step}: {checkpoints} holds no checkpoint of it (there: {_listed(steps_in(checkpoints))}). Name one of "
+            "those, or train with save_every_steps."
         )
     return directory
 
 
-def _listed(folder: RunFolder) -> str:
-    return ", ".join(map(str, steps_on_disk(folder))) or "none"
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"

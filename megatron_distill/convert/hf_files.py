@@ -33,6 +33,7 @@ from megatron_distill.runs import marks
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GIB = 1 << 30
+DEFAULT_FILE_BYTES = 4 * GIB
 
 # safetensors' names of dtypes that a checkpoint to be trained may hold.
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_distill.convert.hf_files import (
+    DEFAULT_FILE_BYTES,
     HfDirectory,
     HfDirectoryWriter,
     atomic_directory,
@@ -39,7 +40,6 @@ from megatron_distill.models.hf_config import HfConfig
 type Model = nn.Module | Sequence[nn.Module]
 
 DEFAULT_BUCKET_BYTES = 512 << 20
-DEFAULT_FILE_BYTES = 4 << 30
 RECEIVER = 0  # the global rank that gets every tensor; Megatron puts rank 0 of tp, pp, ep and dp there
 
 _ALIGNMENT = 16  # bytes; a shard inside a message starts where any dtype may be viewed
@@ -71,9 +71,7 @@ def load_hf_weights(model: Model, hf_dir: str | Path) -> HfConfig:
     for name, param, group in _local_parameters(model, config):
         rule = _rule_of(name, rules, config)
         size = group.size() if rule.tp_dim is not None else 1
-        shard = shard_of_hf(
-            rule, config, source, rank=group.rank(), size=size, padded_vocab_size=param.shape[0] * size
-        )  # fmt: skip
+        shard = shard_of_hf(rule, config, source, rank=group.rank(), size=size, padded_vocab_size=param.shape[0] * size)
         if shard.shape != param.shape:
             raise CheckpointError(
                 f"{name} = {list(param.shape)} on this rank: must be {list(shard.shape)}, as {hf_dir} has it. The model "

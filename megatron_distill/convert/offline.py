@@ -10,10 +10,10 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from megatron_distill.convert.hf_files import (
+    DEFAULT_FILE_BYTES,
     HfDirectory,
     HfDirectoryWriter,
     atomic_directory,
@@ -27,8 +27,6 @@ from megatron_distill.errors import CheckpointError
 from megatron_distill.models.families import Rule, tensor_rules
 from megatron_distill.models.hf_config import VOCAB_DIVISOR, HfConfig, padded_vocab_size
 from megatron_distill.models.megatron_gpt import megatron_arguments
-
-DEFAULT_FILE_BYTES = 4 << 30
 
 ARGUMENTS_FILE = "megatron_arguments.txt"
 _OVERHEAD_BYTES = 16 << 20  # headers, table of contents, tokenizer
@@ -118,16 +116,11 @@ def megatron_to_hf(
         check_free_space(partial, writer.num_bytes + _OVERHEAD_BYTES)
         with writer:
             for rule in _progress(tensor_rules(config), config, "Megatron -> Hugging Face"):
-                tensors = global_to_hf(rule, config, checkpoint.read(rule, config))
+                tensors = hf_of_shards(rule, config, [checkpoint.read(rule, config)])
                 for planned_tensor, tensor in zip(rule.hf, tensors, strict=True):
                     writer.write(planned_tensor.name, tensor)
         copy_companions(companion, partial)
         write_config(config, partial, dtype)
-
-
-def global_to_hf(rule: Rule, config: HfConfig, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The Hugging Face tensors of one global Megatron tensor: that of a single tensor-parallel rank."""
-    return hf_of_shards(rule, config, [tensor])
 
 
 def companion_of(checkpoint: MegatronCheckpoint, hf_dir: str | Path | None) -> Path:

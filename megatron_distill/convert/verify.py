@@ -17,8 +17,9 @@ from torch import Tensor
 
 from megatron_distill.convert.hf_files import HfDirectory
 from megatron_distill.convert.inspection import open_checkpoint
+from megatron_distill.convert.layout import hf_of_shards
 from megatron_distill.convert.megatron_files import MegatronCheckpoint
-from megatron_distill.convert.offline import companion_of, global_to_hf, megatron_to_hf
+from megatron_distill.convert.offline import companion_of, megatron_to_hf
 from megatron_distill.errors import CheckpointError
 from megatron_distill.models.families import tensor_rules
 from megatron_distill.models.hf_config import HfConfig
@@ -142,7 +143,7 @@ def _tensors(checkpoint: HfDirectory | MegatronCheckpoint, config: HfConfig) -> 
         if isinstance(checkpoint, HfDirectory):
             yield from ((name, checkpoint.read(name)) for name in names)
         else:
-            yield from zip(names, global_to_hf(rule, config, checkpoint.read(rule, config)), strict=True)
+            yield from zip(names, hf_of_shards(rule, config, [checkpoint.read(rule, config)]), strict=True)
 
 
 def _equal_values(a: Tensor, b: Tensor) -> bool:

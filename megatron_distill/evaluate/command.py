@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_distill import config as config_module
 from megatron_distill.config import SERVER_RESERVED_TOKENS, SERVING_DTYPES, DataConfig, EvalConfig, RunConfig
-from megatron_distill.convert.export import checkpoint_of
+from megatron_distill.convert.export import check_whole, checkpoint_of
 from megatron_distill.convert.hf_files import HfDirectory
 from megatron_distill.convert.offline import megatron_to_hf
 from megatron_distill.errors import ConfigError
@@ -95,13 +95,14 @@ def evaluate_model(
 
     Raises:
         ConfigError: if something is neither given nor told by a run folder.
-        CheckpointError: the run holds no checkpoint of ``step``.
+        CheckpointError: the run holds no checkpoint of ``step``, or it is damaged.
         ServerError: if a server does not start.
     """
     task = _task(model, problems, out, overrides, step, set_name)
     _check_out(task.out)
     _check_partial(task.partial)
     if task.checkpoint is not None:
+        check_whole(task.checkpoint)
         task.partial.mkdir(parents=True, exist_ok=True)
         megatron_to_hf(task.checkpoint, task.directory, hf_dir=task.config.student.path, overwrite=True)
     weights = HfDirectory(task.directory)

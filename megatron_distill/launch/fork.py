@@ -10,9 +10,8 @@ from pathlib import Path
 
 from megatron_distill import config as config_module
 from megatron_distill.config import RunConfig
-from megatron_distill.convert.damage import damage_of
-from megatron_distill.convert.export import checkpoint_of
-from megatron_distill.errors import CheckpointError, ConfigError, DistillError
+from megatron_distill.convert.export import check_whole, checkpoint_of
+from megatron_distill.errors import ConfigError, DistillError
 from megatron_distill.launch import preflight
 from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.runs import marks
@@ -45,8 +44,7 @@ def fork(source: RunFolder, step: int | None, config: RunConfig, target: RunFold
     _check_fits(before, config, step)
     if target.root.exists() and (not target.root.is_dir() or any(target.root.iterdir())):
         raise DistillError(f"run folder = {target.root}: is not empty. Choose another --run-dir or name=...")
-    if damage := damage_of(checkpoint):
-        raise CheckpointError(f"{checkpoint}: {damage}. Fork from another --step.")
+    check_whole(checkpoint)
     preflight.check(config, target)
     partial = RunFolder(target.root.with_name(f".{target.root.name}.forking"))
     if partial.root.exists():  # what a kill left

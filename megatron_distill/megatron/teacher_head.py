@@ -52,9 +52,7 @@ class TeacherHead:
         source.check(config)
         name = EMBEDDING if config.tie_word_embeddings else OUTPUT_LAYER
         [rule] = [rule for rule in tensor_rules(config) if rule.megatron == name]
-        rows = shard_of_hf(
-            rule, config, source, rank=tp_rank, size=tp_size, padded_vocab_size=padded_vocab_size
-        )  # fmt: skip
+        rows = shard_of_hf(rule, config, source, rank=tp_rank, size=tp_size, padded_vocab_size=padded_vocab_size)
         self._path = path
         self.weight_VH = rows.to(device=device, dtype=dtype, copy=True)
 

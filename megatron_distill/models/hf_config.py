@@ -98,7 +98,7 @@ class HfConfig:
         if model_type not in MODEL_TYPES:
             raise CheckpointError(
                 f"{where}: model_type = {model_type!r}: must be one of {', '.join(MODEL_TYPES)}. Other families have "
-                "tensors we have no table for; convert/families.py is the place to add one."
+                "tensors we have no table for; models/families.py is the place to add one."
             )
         problems = _refusals(raw)
         rope, rope_problem = _read_rope(raw)
@@ -149,20 +149,25 @@ def _refusals(raw: Mapping[str, Any]) -> list[str]:
     problems = []
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
-        problems.append(f"quantization_config.quant_method = {method!r}: quantised weights are not trainable weights; "
-                        "convert the unquantised model")  # fmt: skip
+        problems.append(
+            f"quantization_config.quant_method = {method!r}: quantised weights are not trainable weights; "
+            "convert the unquantised model"
+        )
     if raw.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act = {raw['hidden_act']!r}: must be 'silu' (a gated SwiGLU MLP)")
     if raw.get("attention_bias") and raw["model_type"] != "qwen2":
-        problems.append("attention_bias = true: it also adds a bias to o_proj, for which Megatron has a place only "
-                        "together with biases in the MLP")  # fmt: skip
+        problems.append(
+            "attention_bias = true: it also adds a bias to o_proj, for which Megatron has a place only "
+            "together with biases in the MLP"
+        )
     if raw.get("mlp_bias"):
         problems.append("mlp_bias = true: the families here have bias-free MLPs")
     if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
         problems.append("sliding-window attention is on: the Megatron model would attend to everything")
     if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
-        problems.append("mlp_only_layers / decoder_sparse_step: dense layers between mixture-of-experts layers are "
-                        "not supported")  # fmt: skip
+        problems.append(
+            "mlp_only_layers / decoder_sparse_step: dense layers between mixture-of-experts layers are not supported"
+        )
     if raw.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"partial_rotary_factor = {raw['partial_rotary_factor']}: must be 1")
     if raw.get("pretraining_tp", 1) not in (1, None):
@@ -181,8 +186,10 @@ def _read_rope(raw: Mapping[str, Any]) -> tuple[Rope, str]:
     if kind == "llama3":
         for key, built_in in _LLAMA3_BUILT_IN.items():
             if settings.get(key) != built_in:
-                return Rope(theta), (f"rope {key} = {settings.get(key)}: must be {built_in}, which Megatron has built "
-                                     "into its Llama-3 scaling")  # fmt: skip
+                return Rope(theta), (
+                    f"rope {key} = {settings.get(key)}: must be {built_in}, which Megatron has built "
+                    "into its Llama-3 scaling"
+                )
     return Rope(theta, kind, factor), ""
 
 

@@ -37,14 +37,24 @@ class Best:
     value: float
 
 
+def directory_name(step: int) -> str:
+    """What Megatron calls the directory of a step's checkpoint."""
+    return f"iter_{step:07d}"
+
+
 def directory_of(folder: RunFolder, step: int) -> Path:
-    """Where Megatron keeps the checkpoint of a step."""
-    return folder.checkpoints / f"iter_{step:07d}"
+    """Where Megatron keeps a run's checkpoint of a step."""
+    return folder.checkpoints / directory_name(step)
 
 
 def steps_on_disk(folder: RunFolder) -> list[int]:
+    """Steps of which a run has a checkpoint's directory, in order."""
+    return steps_in(folder.checkpoints)
+
+
+def steps_in(checkpoints: Path) -> list[int]:
     """Steps of which there is a directory, in order; whether it is whole is another question (``convert.damage``)."""
-    numbers = [path.name.removeprefix("iter_") for path in folder.checkpoints.glob("iter_*")]
+    numbers = [path.name.removeprefix("iter_") for path in checkpoints.glob("iter_*")]
     return sorted(int(n) for n in numbers if n.isascii() and n.isdigit() and int(n) > 0)
 
 
