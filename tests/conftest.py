@@ -4,10 +4,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_distill.runs.run_folder import RunFolder
 from tests.support.rank_forge import RankForge
 from tests.support.rank_pool import RankPool
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """PyTorch computes on one thread: tensors here are tiny, and threads that wait for each other cost ten times as much."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
