@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> RunFolder:
     for step in STEPS:
         shutil.copytree(tmp_path / "megatron" / "release", directory_of(folder, step))
         append(folder.metrics, {"step": step})
-    folder.tracker.write_text(str(STEPS[-1]))
+    folder.checkpoint_tracker.write_text(str(STEPS[-1]))
     return folder
 
 

@@ -14,9 +14,10 @@ from megatron_distill.recipes.tiny import quickstart
 
 from megatron_distill.runs import console as console_module
 from megatron_distill.runs.console import Console, all_metrics, clock, evaluation_line, step_line
-from megatron_distill.runs.metrics import METRICS, check_declared, expert_load, markdown, means
+from megatron_distill.runs.metrics import METRICS, check_declared, markdown, means
 from megatron_distill.runs.run_folder import RunFolder, append
 from megatron_distill.runs.summary import closing_summary, closing_table
+from megatron_distill.training.step_metrics import expert_load
 from tests.support.made_up import leave_finished_run
 from tests.support.waiting import wait_until
 
@@ -128,7 +129,7 @@ def test_the_summary_fits_a_chat_and_names_no_place_of_this_machine(tmp_path: Pa
     text = closing_summary(folder)
     assert all(len(line) <= 80 for line in text.splitlines())
     for part in (
-        "3 steps of 64 responses, 3.0 min",
+        "3 steps of 64 responses, 3 min",
         "student tiny_models/student, seed 1",
         "rollout 50%",
     ):

@@ -46,7 +46,7 @@ def as_if_trained(folder: RunFolder, recipe: str, step: int) -> None:
     config_module.save(config_module.with_overrides(load_recipe(recipe), ["num_steps=100"]), folder.config)
     hf_to_megatron("models/student", folder.root / "megatron")
     shutil.move(folder.root / "megatron" / "release", directory_of(folder, step))
-    folder.tracker.write_text(str(step))
+    folder.checkpoint_tracker.write_text(str(step))
 
 
 def understood(command: list[str]) -> None:

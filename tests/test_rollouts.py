@@ -24,7 +24,8 @@ from megatron_distill.rollouts.sample_store import SampleStore
 from megatron_distill.rollouts.source import Share, SourceContext
 from megatron_distill.rollouts.streamed import StreamedSource
 from megatron_distill.rollouts.summary import is_repetitive, rollout_sums
-from megatron_distill.runs.metrics import check_declared, tracked_step
+from megatron_distill.runs.follower import tracked_step
+from megatron_distill.runs.metrics import check_declared
 from megatron_distill.sglang.wire import serves
 from megatron_distill.teacher import Teacher
 from megatron_distill.types import (

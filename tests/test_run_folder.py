@@ -91,10 +91,10 @@ def test_a_checkpoint_without_its_config_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create()
     folder.checkpoints.mkdir()
-    folder.tracker.write_text("3")
+    folder.checkpoint_tracker.write_text("3")
     with pytest.raises(DistillError, match=r"a checkpoint of step 3 but no config\.json"):
         check_folder(tiny.quickstart(), folder)
-    folder.tracker.write_text("three")
+    folder.checkpoint_tracker.write_text("three")
     with pytest.raises(CheckpointError, match="must hold the number of a step"):
         check_folder(tiny.quickstart(), folder)
 
@@ -104,7 +104,7 @@ def test_only_what_does_not_change_the_result_may_differ_in_a_resume(tmp_path: P
     folder, config = RunFolder(tmp_path / "run"), tiny.quickstart()
     with opened(config, folder):
         folder.checkpoints.mkdir()
-        folder.tracker.write_text("3")
+        folder.checkpoint_tracker.write_text("3")
     change = config_module.with_overrides
     check_folder(change(config, ["num_steps=50"]), folder)
     with pytest.raises(DistillError, match=r"another config \(seed differ\) at step 3"):
@@ -138,7 +138,7 @@ def test_a_resume_may_change_servers_places_and_cadences(override: str, may: boo
     folder, config = RunFolder(tmp_path / "run"), tiny.quickstart()
     with opened(config, folder):
         folder.checkpoints.mkdir()
-        folder.tracker.write_text("3")
+        folder.checkpoint_tracker.write_text("3")
     changed = config_module.with_overrides(config, [override])
     if may:
         check_folder(changed, folder)
@@ -166,7 +166,7 @@ def test_a_run_between_its_last_checkpoint_and_its_end_may_go_on(tmp_path: Path)
     folder, config = RunFolder(tmp_path / "run"), tiny.quickstart()
     with opened(config, folder):
         folder.checkpoints.mkdir()
-        folder.tracker.write_text(str(config.num_steps))
+        folder.checkpoint_tracker.write_text(str(config.num_steps))
     check_folder(config, folder)
     write_json(folder.finished, {"step": config.num_steps})
     with pytest.raises(DistillError, match="its run has finished"):

@@ -52,7 +52,7 @@ def fork(source: RunFolder, step: int | None, config: RunConfig, target: RunFold
         shutil.rmtree(partial.root)
     partial.create()
     _link(checkpoint, directory_of(partial, step))
-    partial.tracker.write_text(str(step))
+    partial.checkpoint_tracker.write_text(str(step))
     same_curriculum = before.curriculum == config.curriculum
     for path in (source.metrics, source.samples, *([source.curriculum] if same_curriculum else [])):
         if path.exists():

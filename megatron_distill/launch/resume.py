@@ -92,9 +92,9 @@ def whole_checkpoint(folder: RunFolder, may_use_previous: bool) -> int:
         )
     for late in [step, *(s for s in _earlier_steps(folder, step) if s > earlier)]:
         _put_aside(directory_of(folder, late))
-    temporary = folder.tracker.with_name(folder.tracker.name + ".tmp")
+    temporary = folder.checkpoint_tracker.with_name(folder.checkpoint_tracker.name + ".tmp")
     temporary.write_text(str(earlier))
-    temporary.replace(folder.tracker)
+    temporary.replace(folder.checkpoint_tracker)
     folder.event(
         "launcher", f"checkpoint of step {step} is damaged and put aside: {damage}. Going on from step {earlier}"
     )

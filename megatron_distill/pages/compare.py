@@ -14,11 +14,12 @@ import numpy as np
 from megatron_distill.errors import DataError
 from megatron_distill.pages.page import Html, document, element, figure, table
 from megatron_distill.pages.plots import Panel, curves
-from megatron_distill.pages.report import duration, evaluation_rows, with_interval
+from megatron_distill.pages.report import evaluation_rows, with_interval
 from megatron_distill.pages.run_record import ABSENT, RunRecord, default_config, field_meanings, read_run, shown
 from megatron_distill.runs import marks
 from megatron_distill.runs.metrics import METRICS, Metric
 from megatron_distill.runs.run_folder import RunFolder
+from megatron_distill.runs.summary import duration
 
 _STAIRS = ("horizon_tokens", "reverse_kl_weight", "student_prefix_frac")
 

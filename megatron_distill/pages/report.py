@@ -27,6 +27,7 @@ from megatron_distill.pages.timeline import timeline_section
 from megatron_distill.runs import marks
 from megatron_distill.runs.metrics import METRICS
 from megatron_distill.runs.run_folder import RunFolder, read_json
+from megatron_distill.runs.summary import duration
 from megatron_distill.runs.timeline import read_spans
 
 PHASES = ("rollout_s", "score_s", "train_s", "sync_s")
@@ -74,13 +75,6 @@ def _intro(run: RunRecord) -> Html:
     paths = " learns from ".join(str(run.config.get(f"{role}.path", ABSENT)) for role in ("student", "teacher"))
     failure = element("p", run.failure, "failure") if run.failure and not run.is_finished else ""
     return Html(f"{element('p', ' · '.join(facts), 'soft')}\n{element('p', paths, 'soft')}\n{failure}")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 # --- evaluations ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_distill.runs.metrics import BY_NAME
 from megatron_distill.runs.run_folder import HELDOUT, RunFolder
 
 
@@ -142,3 +143,21 @@ class Following:
 
     def _is_new(self, kind: str, step: float, key: Hashable = None) -> bool:
         return self._repeats or self._once[kind].passes(step, key)
+
+
+def tracked_step(record: Mapping[str, float]) -> dict[str, float]:
+    """A step's metrics as trackers file them: ``group/name``, e.g. ``loss/reverse_kl_nats``, ``reward/format``."""
+    return {
+        f"{BY_NAME[name].group.lower()}/{name}" if name in BY_NAME else name.replace(".", "/", 1): value
+        for name, value in record.items()
+        if name != "step"
+    }
+
+
+def tracked_evaluation(summary: Mapping[str, Any]) -> dict[str, float]:
+    """An evaluation's numbers as trackers file them: ``SET/name``, e.g. ``heldout/avg_at_k``."""
+    return {
+        f"{summary['set']}/{name}": float(value)
+        for name, value in summary.items()
+        if name != "step" and isinstance(value, int | float) and value is not True and value is not False
+    }

@@ -56,10 +56,10 @@ class RunLock:
         self._file = (self._directory / "launcher").open("ab")
         if not _try_lock(self._file, fcntl.LOCK_EX):
             self._file.close()
-            raise self._refusal("is running")
+            raise self._refusal()
         try:
             if self._other_machine_is_alive():
-                raise self._refusal("is running")
+                raise self._refusal()
             self._write(0)
             self._thread = threading.Thread(target=self._beat, daemon=True, name="run-lock")
             self._thread.start()
@@ -107,7 +107,7 @@ class RunLock:
                     )
                 time.sleep(_POLL_S)
 
-    def _refusal(self, what: str) -> DistillError:
+    def _refusal(self) -> DistillError:
         holder = self._read()
         who = (
             f"process {holder.get('pid')} on {holder.get('host')} ({holder.get('command')})"
@@ -115,8 +115,8 @@ class RunLock:
             else "another process"
         )
         return DistillError(
-            f"run folder = {self._root}: {who} {what} in it. Two runs in one folder would mix. Wait for it, stop it, or choose "
-            "another --run-dir or name=..."
+            f"run folder = {self._root}: {who} is running in it. Two runs in one folder would mix. Wait for it, stop it, or "
+            "choose another --run-dir or name=..."
         )
 
     def _read(self) -> dict[str, Any]:

@@ -5,9 +5,8 @@ In: per-token sums and counts from the loss, and facts about rollouts, from ever
 here cannot be logged (``check_declared``).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -381,46 +380,6 @@ def add_sums(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Sums:
 def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Each sum over its count; a metric with nothing counted is left out, never 0."""
     return {name: value / count for name, (value, count) in sums.items() if count > 0}
-
-
-def expert_load(counted: Iterable[Mapping[int, Sequence[int]]]) -> dict[str, float]:
-    """The metrics of a mixture of experts.
-
-    Args:
-        counted: of every rank, {layer: tokens of each expert}; layers may be missing.
-
-    Returns:
-        Nothing if there are no experts.
-    """
-    totals: dict[int, list[int]] = {}
-    for layers in counted:
-        for layer, tokens in layers.items():
-            totals[layer] = [a + b for a, b in zip(totals.get(layer, [0] * len(tokens)), tokens, strict=True)]
-    busy = [tokens for tokens in totals.values() if any(tokens)]
-    if not busy:
-        return {}
-    return {
-        "expert_load_max": sum(max(tokens) * len(tokens) / sum(tokens) for tokens in busy) / len(busy),
-        "expert_idle_frac": sum(tokens.count(0) / len(tokens) for tokens in busy) / len(busy),
-    }
-
-
-def tracked_step(record: Mapping[str, float]) -> dict[str, float]:
-    """A step's metrics as trackers file them: ``group/name``, e.g. ``loss/reverse_kl_nats``, ``reward/format``."""
-    return {
-        f"{BY_NAME[name].group.lower()}/{name}" if name in BY_NAME else name.replace(".", "/", 1): value
-        for name, value in record.items()
-        if name != "step"
-    }
-
-
-def tracked_evaluation(summary: Mapping[str, Any]) -> dict[str, float]:
-    """An evaluation's numbers as trackers file them: ``SET/name``, e.g. ``heldout/avg_at_k``."""
-    return {
-        f"{summary['set']}/{name}": float(value)
-        for name, value in summary.items()
-        if name != "step" and isinstance(value, int | float) and value is not True and value is not False
-    }
 
 
 def markdown() -> str:

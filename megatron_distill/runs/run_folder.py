@@ -18,12 +18,13 @@ first forgets what came after its checkpoint (``rewind``), so that every step ha
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
-    def tracker(self) -> Path:
+    def checkpoint_tracker(self) -> Path:
+        """Megatron's record of the step of its latest whole checkpoint."""
         return self.checkpoints / "latest_checkpointed_iteration.txt"
 
     @property
@@ -240,14 +242,15 @@ class RunFolder:
         Raises:
             CheckpointError: Megatron's tracker file holds no step.
         """
-        if not self.tracker.exists():
+        if not self.checkpoint_tracker.exists():
             return 0
-        text = self.tracker.read_text(errors="replace").strip()
+        text = self.checkpoint_tracker.read_text(errors="replace").strip()
         if not (text.isascii() and text.isdigit()):
             present = sorted(path.name for path in self.checkpoints.glob("iter_*"))
             raise CheckpointError(
-                f"{self.tracker} = {text[:40]!r}: must hold the number of a step. Without it nothing can be resumed. Write "
-                f"the number of the latest whole one into it ({', '.join(present) or 'there is none: delete the file'})."
+                f"{self.checkpoint_tracker} = {text[:40]!r}: must hold the number of a step. Without it nothing can be "
+                "resumed. Write the number of the latest whole one into it "
+                f"({', '.join(present) or 'there is none: delete the file'})."
             )
         return int(text)
 
@@ -339,3 +342,12 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read one JSON file."""
     return json.loads(path.read_text())
+
+
+def nan_to_none(value: Any) -> Any:
+    """Plain values with None for every nan, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: nan_to_none(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [nan_to_none(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -19,7 +19,7 @@ def closing_summary(folder: RunFolder) -> str:
     config, steps = read_json(folder.config), folder.steps()
     rollouts = config["rollouts"]["prompts_per_step"] * config["rollouts"]["rollouts_per_prompt"]
     lines = [
-        f"{config['name']}: {len(steps)} steps of {rollouts} responses, {_hours(sum(s['step_s'] for s in steps))} in steps",
+        f"{config['name']}: {len(steps)} steps of {rollouts} responses, {duration(sum(s['step_s'] for s in steps))} in steps",
         f"  student {_short(config['student']['path'])}, seed {config['seed']}",
         f"  teacher {_short(config['teacher']['path'])}, {config['teacher']['transport']}",
     ]
@@ -77,11 +77,8 @@ def _short(path: str) -> str:
     return "/".join(path.rstrip("/").split("/")[-2:]) or "none"
 
 
-def _hours(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds >= 7200
-        else f"{seconds / 60:.1f} min"
-        if seconds >= 120
-        else f"{seconds:.0f} s"
-    )
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

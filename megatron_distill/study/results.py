@@ -8,7 +8,7 @@ committed beside the command that made it.
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from megatron_distill.config import flatten
 from megatron_distill.errors import DataError
 from megatron_distill.pages.plots import Floats
 from megatron_distill.pages.run_record import RunRecord, read_run
-from megatron_distill.runs.run_folder import RunFolder, read_json
+from megatron_distill.runs.run_folder import RunFolder, nan_to_none, read_json
 from megatron_distill.study.design import Comparison, Group, Question, Study, StudyFigure
 
 CURVES = (
@@ -297,7 +297,7 @@ def _environment(folder: RunFolder) -> dict[str, Any]:
 
 def save(results: Results, path: Path) -> None:
     """Write the results, a run a line, through a temporary name of this process's own."""
-    plain = _nan_to_none(asdict(results))
+    plain = nan_to_none(asdict(results))
     runs = ",\n  ".join(json.dumps(run) for run in plain.pop("runs"))
     head = json.dumps(plain, indent=1).removesuffix("\n}")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -358,12 +358,3 @@ def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _nan_to_none(value: Any) -> Any:
-    """JSON knows no nan."""
-    if isinstance(value, Mapping):
-        return {key: _nan_to_none(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_nan_to_none(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

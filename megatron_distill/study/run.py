@@ -28,8 +28,8 @@ from megatron_distill.config import RunConfig, flatten
 from megatron_distill.errors import ConfigError, DistillError
 from megatron_distill.launch.launch import Train
 from megatron_distill.models import hub
-from megatron_distill.pages.report import duration
 from megatron_distill.runs.run_folder import RunFolder
+from megatron_distill.runs.summary import duration
 from megatron_distill.study.design import Arm, Study, check_study
 from megatron_distill.study.page import write_pages
 from megatron_distill.study.results import collect, save

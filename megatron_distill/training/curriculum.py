@@ -39,6 +39,7 @@ from megatron_distill.config import CurriculumConfig, EntropyGated
 from megatron_distill.config.schedules import Schedule
 from megatron_distill.errors import ConfigError, DataError
 from megatron_distill.evaluate.heldout import Measurement
+from megatron_distill.runs.run_folder import nan_to_none
 
 Outcome = Literal["advance", "freeze", "retry", "unmeasured"]
 
@@ -95,7 +96,7 @@ class Decision:
 
     def to_record(self) -> dict[str, Any]:
         """Its line of ``curriculum.jsonl``; what could not be measured is null."""
-        return _nan_to_none(asdict(self))
+        return nan_to_none(asdict(self))
 
     def line(self) -> str:
         """Its line on the console."""
@@ -274,10 +275,3 @@ def valid_records(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any
         valid = [kept for kept in valid if kept["step"] < record["step"]]
         valid.append(record)
     return valid
-
-
-def _nan_to_none(value: Any) -> Any:
-    """JSON knows no nan."""
-    if isinstance(value, dict):
-        return {key: _nan_to_none(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,9 +1,9 @@
 """One line of ``metrics.jsonl`` a step: what all ranks measured, added up, and written by one of them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from megatron_distill.runs.metrics import add_sums, check_declared, expert_load, means
+from megatron_distill.runs.metrics import add_sums, check_declared, means
 from megatron_distill.runs.run_folder import RunFolder, append
 from megatron_distill.training.feed import Prepared
 from megatron_distill.training.objective import StepSums
@@ -59,3 +59,25 @@ class StepMetrics:
         record["tokens_per_s"] = prepared.sums["response_tokens"][0] / record["step_s"]
         check_declared(record)
         append(self._folder.metrics, record)
+
+
+def expert_load(counted: Iterable[Mapping[int, Sequence[int]]]) -> dict[str, float]:
+    """The metrics of a mixture of experts.
+
+    Args:
+        counted: of every rank, {layer: tokens of each expert}; layers may be missing.
+
+    Returns:
+        Nothing if there are no experts.
+    """
+    totals: dict[int, list[int]] = {}
+    for layers in counted:
+        for layer, tokens in layers.items():
+            totals[layer] = [a + b for a, b in zip(totals.get(layer, [0] * len(tokens)), tokens, strict=True)]
+    busy = [tokens for tokens in totals.values() if any(tokens)]
+    if not busy:
+        return {}
+    return {
+        "expert_load_max": sum(max(tokens) * len(tokens) / sum(tokens) for tokens in busy) / len(busy),
+        "expert_idle_frac": sum(tokens.count(0) / len(tokens) for tokens in busy) / len(busy),
+    }

@@ -187,7 +187,7 @@ def run(iteration: Path, tmp_path: Path) -> RunFolder:
     folder.create()
     for step in (2, 4, 6):
         shutil.copytree(iteration, directory_of(folder, step))
-    folder.tracker.write_text("6")
+    folder.checkpoint_tracker.write_text("6")
     return folder
 
 

@@ -31,5 +31,5 @@ def leave_finished_run(
         summary |= {"truncated_frac": 0.0, "stop_reasons": {"7": 400}} | measured
         write_json(folder.evaluation(HELDOUT, step), {"summary": summary, "responses": []})
     folder.checkpoints.mkdir(exist_ok=True)
-    folder.tracker.write_text(str(config.num_steps))
+    folder.checkpoint_tracker.write_text(str(config.num_steps))
     write_json(folder.finished, {"step": config.num_steps})

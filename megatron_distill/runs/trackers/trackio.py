@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_distill.config import RunConfig, flatten, to_dict
-from megatron_distill.runs.follower import Tracker
-from megatron_distill.runs.metrics import tracked_evaluation, tracked_step
+from megatron_distill.runs.follower import Tracker, tracked_evaluation, tracked_step
 from megatron_distill.runs.run_folder import RunFolder, kept_id
 
 
