@@ -17,7 +17,8 @@ from megatron_distill.losses.sampled import (
     sampled_kl,
     vocab_parallel_logprobs,
 )
-from megatron_distill.losses.topk import TopKTerms, distill_kl_topk, vocab_parallel_gather_logprobs, vocab_parallel_topk
+from megatron_distill.losses.support import vocab_parallel_gather_logprobs, vocab_parallel_topk
+from megatron_distill.losses.topk import TopKTerms, distill_kl_topk
 
 __all__ = [
     "Backend",

@@ -1,7 +1,8 @@
 """One model's columns on one rank, and how to look chosen token ids up in them.
 
-In: token ids of the whole vocabulary. Out: where they are among this rank's columns, if they are. The losses that need
-the student's logits alone (sampled tokens, a teacher's top-k) build on this; those that need both models' on ``shards``.
+In: token ids of the whole vocabulary. Out: where they are among this rank's columns, if they are, and with one collective
+their logits and the softmax's statistics. The losses that need the student's logits alone (sampled tokens, a teacher's top-k)
+build on this; those that need both models' on ``shards``.
 """
 
 from typing import NamedTuple
@@ -10,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_distill.losses.kernels import compute_dtype
-from megatron_distill.losses.shards import resolve_vocab_size
+from megatron_distill.losses.backends import Kernels
+from megatron_distill.losses.kernels import compute_dtype, merge_softmax_statistics
+from megatron_distill.losses.shards import exchange, resolve_vocab_size
 
 
 class ColumnShard(NamedTuple):
@@ -60,3 +62,36 @@ def chosen_logits(z_TV: Tensor, ids_TK: Tensor, shard: ColumnShard, inverse_temp
         mine = columns < shard.width
         found = torch.where(mine, z_TV.gather(1, columns.clamp(max=shard.width - 1)).to(dtype), 0.0)
     return torch.where(exists, found * inverse_temperature, torch.nan)
+
+
+class TokenPlan(NamedTuple):
+    """How one model's logits are read, once a call.
+
+    Args:
+        shard: this rank's columns.
+        inverse_temperature: multiplies the logits.
+        chunk_tokens: tokens at a time; None as the kernels like it.
+        kernels: that read them.
+    """
+
+    shard: ColumnShard
+    inverse_temperature: float
+    chunk_tokens: int | None
+    kernels: Kernels
+
+
+def look_up(
+    logits_TV: Tensor, ids_TK: Tensor, plan: TokenPlan, tp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """The softmax's statistics over the whole vocabulary, ``[T, 3]``, and the chosen ids' logits, ``[T, K]``: one collective.
+
+    NaN as in ``chosen_logits``.
+    """
+    held_TV = logits_TV[:, : plan.shard.width]
+    chosen_TK = chosen_logits(held_TV, ids_TK, plan.shard, plan.inverse_temperature)
+    stats_TS = chosen_TK.new_zeros(logits_TV.shape[0], 3)
+    stats_TS[:, 0].fill_(-torch.inf)
+    for c in plan.kernels.chunks(logits_TV, plan.chunk_tokens) if plan.shard.width else ():
+        stats_TS[c] = plan.kernels.softmax_statistics(held_TV[c], plan.inverse_temperature)
+    stats_RTS, chosen_TK = exchange(stats_TS, chosen_TK, tp_group)
+    return merge_softmax_statistics(stats_RTS), chosen_TK

@@ -66,7 +66,7 @@ def build(target: str) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise LossError(
-            "C++ compiler = none found: the losses' CPU kernels are built at their first use. Please install g++ "
+            "C++ compiler = none found: the losses' CPU kernels are built at their first use. Install g++ "
             "(apt-get install g++), or set CXX to a compiler."
         )
     key = hashlib.sha256()

@@ -136,8 +136,7 @@ class _FusedLinearKL(torch.autograd.Function):
             student_TV, teacher_TV = hidden_TH[c] @ head_VH.T, teacher_hidden_TH[c] @ teacher_head_VH.T
             pending.append(start_exchange(*local_statistics(student_TV, teacher_TV, plan), tp_group))
         summary = summarise([exchanged.wait() for exchanged in pending], plan.shards)
-        reverse_kl_T = summary.normalisers_T5[:, 4].clone()
-        loss_T = mixed_loss(weight_T, reverse_kl_T, summary.forward_kl_T)
+        loss_T = mixed_loss(weight_T, summary.reverse_kl_T, summary.forward_kl_T)
         ctx.plan, ctx.tp_group, ctx.reduce_hidden_grad = plan, tp_group, reduce_hidden_grad
         ctx.save_for_backward(
             hidden_TH,
@@ -149,9 +148,7 @@ class _FusedLinearKL(torch.autograd.Function):
             summary.student_outcomes_TO,
             summary.teacher_outcomes_TO,
         )
-        detached = (summary.forward_kl_T, reverse_kl_T, summary.student_entropy_T, summary.teacher_entropy_T)
-        ctx.mark_non_differentiable(*detached)
-        return loss_T, *detached
+        return loss_T, *summary.reported(ctx)
 
     @staticmethod
     @first_order

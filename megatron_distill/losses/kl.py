@@ -29,7 +29,7 @@ from megatron_distill.losses.kernels import (
     merge_statistics,
     weighted,
 )
-from megatron_distill.losses.shards import LocalColumns, StopTokenGroups, VocabShards, exchange, vocab_shards
+from megatron_distill.losses.shards import StopTokenGroups, VocabShards, exchange, vocab_shards
 
 
 class KLTerms(NamedTuple):
@@ -65,6 +65,17 @@ class KLSummary(NamedTuple):
     teacher_entropy_T: Tensor
     student_outcomes_TO: Tensor
     teacher_outcomes_TO: Tensor
+
+    @property
+    def reverse_kl_T(self) -> Tensor:
+        """The last of the normalisers, nats."""
+        return self.normalisers_T5[:, 4]
+
+    def reported(self, ctx: Any) -> tuple[Tensor, ...]:
+        """What ``KLTerms`` holds besides the loss, as outputs of ``ctx``'s function that have no gradient."""
+        terms = (self.forward_kl_T, self.reverse_kl_T.clone(), self.student_entropy_T, self.teacher_entropy_T)
+        ctx.mark_non_differentiable(*terms)
+        return terms
 
 
 def distill_kl(
@@ -285,20 +296,25 @@ def write_gradient(
 def outcome_gradient(
     student_TV: Tensor, summary: tuple[Tensor, Tensor, Tensor], weight_T: Tensor, upstream_T: Tensor, plan: KLPlan
 ) -> Tensor | None:
-    """Gradient to the extras held here, ``[T, n]``: an outcome's gradient times the column's share of its probability."""
-    held: LocalColumns = plan.shards.student
-    if not held.columns.numel():
+    """Gradient to the extras held here, ``[T, n]``, if there are any."""
+    if not plan.shards.student.columns.numel():
         return None
     normalisers_T5, student_TO, teacher_TO = summary
     by_outcome_TO = torch.empty_like(student_TO)
     kl_gradient_(by_outcome_TO, student_TO, teacher_TO, normalisers_T5, weight_T, upstream_T, 1.0)
+    return shared_among_members(by_outcome_TO, student_TV, student_TO, plan)
+
+
+def shared_among_members(by_outcome_TO: Tensor, student_TV: Tensor, student_TO: Tensor, plan: KLPlan) -> Tensor:
+    """Gradient to the extras held here, ``[T, n]``: their outcome's, times the column's share of its probability."""
+    held = plan.shards.student
     owner = plan.shards.outcome_of_extra[held.places]
     columns = student_TV[:, held.columns].to(student_TO.dtype) * plan.inverse_temperature
-    share = (columns - finite_share(student_TO[:, owner])).exp()
+    share = (columns - as_normaliser(student_TO[:, owner])).exp()
     return weighted(share, by_outcome_TO[:, owner]) * plan.inverse_temperature
 
 
-def finite_share(outcome: Tensor) -> Tensor:
+def as_normaliser(outcome: Tensor) -> Tensor:
     """An outcome's logit as a normaliser of its members: +inf (so that shares are 0) where the whole outcome is ruled out."""
     return torch.where(outcome == -torch.inf, torch.inf, outcome)
 
@@ -336,8 +352,7 @@ class _DistillKL(torch.autograd.Function):
         tp_group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, ...]:
         summary = summarise_logits(student_TV, teacher_TV, plan, tp_group)
-        reverse_kl_T = summary.normalisers_T5[:, 4].clone()
-        loss_T = mixed_loss(weight_T, reverse_kl_T, summary.forward_kl_T)
+        loss_T = mixed_loss(weight_T, summary.reverse_kl_T, summary.forward_kl_T)
         ctx.plan = plan
         ctx.save_for_backward(
             student_TV,
@@ -347,9 +362,7 @@ class _DistillKL(torch.autograd.Function):
             summary.student_outcomes_TO,
             summary.teacher_outcomes_TO,
         )
-        detached = (summary.forward_kl_T, reverse_kl_T, summary.student_entropy_T, summary.teacher_entropy_T)
-        ctx.mark_non_differentiable(*detached)
-        return loss_T, *detached
+        return loss_T, *summary.reported(ctx)
 
     @staticmethod
     @first_order

@@ -15,13 +15,13 @@ from torch import Tensor
 from megatron_distill.errors import LossError
 from megatron_distill.losses.backends import Backend, kernels_for
 from megatron_distill.losses.first_order import first_order
-from megatron_distill.losses.kernels import Mixture, mixture_gradient_, mixture_statistics, weighted
+from megatron_distill.losses.kernels import Mixture, mixture_gradient_, mixture_statistics
 from megatron_distill.losses.kl import (
     KLPlan,
     KLTerms,
     check_pair,
-    finite_share,
     saved_logits,
+    shared_among_members,
     summarise_logits,
 )
 from megatron_distill.losses.shards import StopTokenGroups, vocab_shards
@@ -156,10 +156,7 @@ class _MixtureDivergence(torch.autograd.Function):
         loss_T, mean_slope_T = (part.clone() for part in sums_T2.unbind(dim=1))
         ctx.mixture, ctx.plan = mixture, plan
         ctx.save_for_backward(student_TV, teacher_TV, mean_slope_T, normalisers_T5, *outcomes)
-        reverse_kl_T = normalisers_T5[:, 4].clone()
-        detached = (summary.forward_kl_T, reverse_kl_T, summary.student_entropy_T, summary.teacher_entropy_T)
-        ctx.mark_non_differentiable(*detached)
-        return loss_T, *detached
+        return loss_T, *summary.reported(ctx)
 
     @staticmethod
     @first_order
@@ -179,9 +176,6 @@ class _MixtureDivergence(torch.autograd.Function):
             by_outcome_TO = torch.empty_like(student_TO)
             rows = (normalisers_T5, mean_slope_T, upstream_T, mixture, 1.0)
             mixture_gradient_(by_outcome_TO, student_TO, teacher_TO, *rows)
-            owner = plan.shards.outcome_of_extra[held.places]
-            columns = student_TV[:, held.columns].to(student_TO.dtype) * inverse_temperature
-            share = (columns - finite_share(student_TO[:, owner])).exp()
-            extras = weighted(share, by_outcome_TO[:, owner]) * inverse_temperature
+            extras = shared_among_members(by_outcome_TO, student_TV, student_TO, plan)
             grad_TV[:, held.columns] = extras.to(grad_TV.dtype)
         return grad_TV, None, None, None, None

@@ -15,12 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_distill.errors import LossError
-from megatron_distill.losses.backends import Backend, Kernels, kernels_for
-from megatron_distill.losses.columns import ColumnShard, chosen_logits, column_shard, locate
+from megatron_distill.losses.backends import Backend, kernels_for
+from megatron_distill.losses.columns import TokenPlan, column_shard, locate, look_up
 from megatron_distill.losses.first_order import first_order
-from megatron_distill.losses.kernels import merge_softmax_statistics
 from megatron_distill.losses.kl import check_temperature, saved_logits
-from megatron_distill.losses.shards import exchange
 
 
 class TokenTerms(NamedTuple):
@@ -70,17 +68,10 @@ def vocab_parallel_logprobs(
             "Position t of the logits predicts token t + 1: shift the ids, do not drop a position of one of the two."
         )
     shard = column_shard(logits.shape[-1], tp_group, vocab_size)
-    plan = _TokenPlan(shard, 1.0 / temperature, chunk_tokens, kernels_for(logits, backend))
+    plan = TokenPlan(shard, 1.0 / temperature, chunk_tokens, kernels_for(logits, backend))
     logits_TV = logits.reshape(-1, logits.shape[-1])
     logprobs, entropy = _Logprobs.apply(logits_TV, token_ids.reshape(-1, 1), plan, tp_group)
     return TokenTerms(logprobs.view(token_ids.shape), entropy.view(token_ids.shape))
-
-
-class _TokenPlan(NamedTuple):
-    shard: ColumnShard
-    inverse_temperature: float
-    chunk_tokens: int | None
-    kernels: Kernels
 
 
 class _Logprobs(torch.autograd.Function):
@@ -88,17 +79,10 @@ class _Logprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_TV: Tensor, ids_T1: Tensor, plan: _TokenPlan, tp_group: dist.ProcessGroup | None
+        ctx: Any, logits_TV: Tensor, ids_T1: Tensor, plan: TokenPlan, tp_group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor]:
-        held_TV = logits_TV[:, : plan.shard.width]
-        chosen_T1 = chosen_logits(held_TV, ids_T1, plan.shard, plan.inverse_temperature)
-        stats_TS = chosen_T1.new_zeros(logits_TV.shape[0], 3)
-        stats_TS[:, 0].fill_(-torch.inf)
-        if plan.shard.width:
-            for c in plan.kernels.chunks(logits_TV, plan.chunk_tokens):
-                stats_TS[c] = plan.kernels.softmax_statistics(held_TV[c], plan.inverse_temperature)
-        stats_RTS, chosen_T1 = exchange(stats_TS, chosen_T1, tp_group)
-        maximum, total, inner = merge_softmax_statistics(stats_RTS).unbind(dim=1)
+        stats_T3, chosen_T1 = look_up(logits_TV, ids_T1, plan, tp_group)
+        maximum, total, inner = stats_T3.unbind(dim=1)
         log_total = total.log()
         entropy_T = log_total - inner / total
         logprobs_T = chosen_T1.squeeze(1) - maximum - log_total
@@ -110,7 +94,7 @@ class _Logprobs(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, upstream_T: Tensor, entropy_upstream_T: Tensor) -> tuple[Tensor | None, ...]:
         logits_TV, ids_T1, normalisers_T2, entropy_T = saved_logits(ctx)
-        plan: _TokenPlan = ctx.plan
+        plan: TokenPlan = ctx.plan
         grad_TV = torch.empty_like(logits_TV)
         held_TV, width = logits_TV[:, : plan.shard.width], plan.shard.width
         grad_TV[:, width:].zero_()

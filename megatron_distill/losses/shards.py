@@ -32,7 +32,7 @@ StopTokenGroups = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class LocalColumns:
-    """The part that one rank holds of one model's extras.
+    """The columns that one rank holds of one model: a core, and some of the extras.
 
     Args:
         core: slice of the rank's columns that form the core.

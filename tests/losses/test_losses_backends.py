@@ -153,7 +153,7 @@ def test_without_a_compiler_losses_run_eagerly(monkeypatch, tmp_path) -> None:
     cpu_kernels.library.cache_clear()
     backends._has_compiler.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="install g"):
+        with pytest.warns(UserWarning, match="Install g"):
             chosen = backends.kernels_for(torch.zeros(1, 4), None)
         assert chosen.backend == "eager"
     finally:
