@@ -144,7 +144,7 @@ def test_hidden_states_and_scores_share_a_cache_without_meeting(tmp_path: Path) 
 
     inner = SendsHidden()
     for _ in range(2):
-        teacher = CachedTeacher(inner, tmp_path, HIDDEN, teacher="teacher-a")
+        teacher = CachedTeacher(inner, tmp_path, HIDDEN, identity="teacher-a")
         (signal,) = teacher.score([make_rollout(3)])
         assert isinstance(signal, HiddenSignal) and signal.hidden.tolist() == [[6, 6]]
         teacher.close()

@@ -11,8 +11,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     fields = [config_module.field_help(section) for section in ("evaluation.", "servers.student_")]
     parser.epilog = "\n\n".join(["fields (defaults):", *fields])
     parser.description = (
-        "Measure a model on problems, on servers of its own. What was written is kept until the measurement is whole: the same "
-        "command again draws only the rest."
+        "Measure a model on problems, on servers of its own. Responses are kept from the first on: the same command again, "
+        "after it was interrupted, draws only the rest."
     )
     parser.add_argument(
         "model", help="a run folder (its hf/ is measured), a Hugging Face directory, or a hub id once fetched"

@@ -25,9 +25,7 @@ from megatron_distill.runs.run_folder import write_json
 from megatron_distill.types import Sampler, TopKSignal
 
 ENTROPY_TOP_K = 64  # of a large vocabulary; the rest counts as one outcome, and what that may hide is reported
-EXACT_VOCAB_SIZE = (
-    512  # up to which all of the vocabulary is asked for; that of a large one would be gigabytes a page of text
-)
+EXACT_VOCAB_SIZE = 512  # up to which the whole vocabulary is asked for; a large one's would be gigabytes a page of text
 BOOTSTRAP_RESAMPLES = 2000
 
 

@@ -1,4 +1,4 @@
-r"""Rewards that need no judge: the form of a response, and its length. Text and ids in, floats out."""
+"""Rewards that need no judge: the form of a response, and its length. Text and ids in, floats out."""
 
 from collections.abc import Sequence
 

@@ -206,32 +206,31 @@ def _builder(data: DataConfig) -> _Build:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, problem: Problem, template_options: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Encodes a problem as the model is to see it, up to where its response begins.
+    """Encode a problem as the model is to see it, up to where its response begins.
 
     The chat template writes every special token itself, BOS included, so the tokenizer must not add a second one:
     ``apply_chat_template`` with ``tokenize=True`` sees to that, rendering to text and encoding it again does not.
 
     Args:
-        tokenizer: Any Hugging Face tokenizer with a chat template.
-        problem: What to ask.
-        template_options: Variables of the chat template, e.g. ``{"enable_thinking": False}`` for Qwen3.
+        tokenizer: any Hugging Face tokenizer with a chat template.
+        problem: what to ask.
+        template_options: variables of the chat template, e.g. ``{"enable_thinking": False}`` for Qwen3.
 
     Returns:
-        Token ids, int list [P].
+        Token ids.
 
     Raises:
-        DataError: The tokenizer has no chat template, or it fails on this problem.
+        DataError: the tokenizer has no chat template, or it fails on this problem.
     """
     if not tokenizer.chat_template:
         raise DataError(
             f"tokenizer {tokenizer.name_or_path!r} = no chat template: prompts are written by it. A base model usually "
             "shares the template of its chat variant. Copy that variant's chat_template.jinja into the directory."
         )
-    messages = [{"role": message.role, "content": message.content} for message in problem.messages]
     # transformers 5 returns a dict of ids and mask unless told otherwise.
     try:
         ids = tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=True, return_dict=False, **(template_options or {})
+            _chat(problem), tokenize=True, add_generation_prompt=True, return_dict=False, **(template_options or {})
         )
     except Exception as error:  # a template is a program, and refuses by raising, e.g. a role that it does not know
         raise BadRow(
@@ -246,13 +245,17 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], template_options: Mapping[str, Any]
 ) -> list[list[int]]:
     """``encode_prompt`` of many at once."""
-    chats = [[{"role": turn.role, "content": turn.content} for turn in problem.messages] for problem in problems]
+    chats = list(map(_chat, problems))
     return [
         list(ids)
         for ids in tokenizer.apply_chat_template(
             chats, tokenize=True, add_generation_prompt=True, return_dict=False, padding=False, **template_options
         )
     ]
+
+
+def _chat(problem: Problem) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in problem.messages]
 
 
 def _check_prompt(ids: list[int], problem: Problem, data: DataConfig) -> None:

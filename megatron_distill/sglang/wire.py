@@ -90,6 +90,13 @@ def check_length(where: str, num_tokens: int, context_length: int) -> None:
         )
 
 
+def serves(version: str, wanted: WantedVersion) -> bool:
+    """Whether weights of ``version`` may draw a response."""
+    if isinstance(wanted, SinceVersion):
+        return int(version) >= wanted.oldest
+    return wanted in (None, version)
+
+
 def generate_request(prompt_ids: list[int], sampling: SamplingParams, seed: int) -> Json:
     """A request for one response. The seed always goes along: without one, SGLang uses 42 for every request."""
     params: Json = {
@@ -118,13 +125,6 @@ def score_request(prompt_ids: list[int], response_ids: list[int], top_k: int, st
     if stop_token_ids:
         request["token_ids_logprob"] = list(stop_token_ids)
     return request
-
-
-def serves(version: str, wanted: WantedVersion) -> bool:
-    """Whether weights of ``version`` may draw a response."""
-    if isinstance(wanted, SinceVersion):
-        return int(version) >= wanted.oldest
-    return wanted in (None, version)
 
 
 def hidden_states_request(prompt_ids: list[int], response_ids: list[int]) -> Json:

@@ -14,7 +14,7 @@ Everything comes back bit for bit (ids of 32 bits, log-probs of 32, hidden state
 cache equals one without, which rounded log-probs would not allow, the tail bucket least of all, being 1 minus a sum that is
 nearly 1. Byte planes of differences between neighbours make up for it: see ``benchmarks/teacher_cache.py`` for bytes a token.
 
-    teacher = CachedTeacher(SGLangTopKTeacher(...), Path(cache_dir), SCORES, teacher=identity, top_k=64, stop_token_ids=[0, 1])
+    teacher = CachedTeacher(SGLangTopKTeacher(...), Path(cache_dir), SCORES, identity=identity, top_k=64, stop_token_ids=[0, 1])
     teacher.score(rollouts); teacher.hits, teacher.misses
 """
 
@@ -93,14 +93,14 @@ class CachedTeacher:
         misses: sequences that the inner teacher was asked for, answered or not.
     """
 
-    def __init__(self, inner: Teacher, directory: Path, kind: Kind[Any], *, teacher: str, **question: Any) -> None:
+    def __init__(self, inner: Teacher, directory: Path, kind: Kind[Any], *, identity: str, **question: Any) -> None:
         """Open the cache.
 
         Args:
             inner: the teacher that knows.
             directory: of the cache; signals go to a folder in it that is called as their kind.
             kind: of the inner teacher's signals: ``SCORES`` or ``HIDDEN``.
-            teacher: who it is, see ``teacher_identity``.
+            identity: of the inner teacher's model, see ``teacher_identity``.
             question: what else its answers depend on; of scores, ``top_k`` and the list ``stop_token_ids``, in order.
 
         Raises:
@@ -109,7 +109,7 @@ class CachedTeacher:
         self._inner, self._kind = inner, kind
         self._store = ShardStore(directory / kind.name)
         self._lock = threading.Lock()  # of the store; the inner teacher is asked outside it
-        self._facts = {"teacher": teacher} | question
+        self._facts = {"teacher": identity} | question
         self.hits = self.misses = 0
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Signal | None]:

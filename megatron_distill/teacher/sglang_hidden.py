@@ -21,7 +21,7 @@ def make_sglang_hidden(context: TeacherContext) -> Teacher:
     if not config.teacher.cache_dir:
         return teacher
     identity = teacher_identity(Path(config.teacher.path), config.student.dtype)
-    return CachedTeacher(teacher, Path(config.teacher.cache_dir), HIDDEN, teacher=identity)
+    return CachedTeacher(teacher, Path(config.teacher.cache_dir), HIDDEN, identity=identity)
 
 
 class SGLangHiddenTeacher:

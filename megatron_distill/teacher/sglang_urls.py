@@ -17,7 +17,7 @@ from megatron_distill.types import Problem, Rollout, TopKSignal
 
 
 def make_sglang_urls(context: TeacherContext) -> Teacher:
-    """A client for each address, and the name of whose each problem is."""
+    """A teacher with a client for each of ``teacher.urls``, which knows which of them scores a problem."""
     config = context.config
     problems = problems_of_urls(config, context.problems)
     if problems:
