@@ -42,13 +42,11 @@ _TAKE_RECIPES = {
     "pipeline": "Pipeline",
     "study": "Study",
 }
-_TAKE_FIELDS = ("train", "launch", "plan", "show", "fetch")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = __doc__.split("\n\n", 1)[0] + "\n\n" + __doc__.split("\n\n", 2)[1]
+    parser.description = "\n\n".join(__doc__.split("\n\n")[:2])
     parser.add_argument("shell", choices=[*SCRIPTS, "words"], help="your shell (words: what the shell asks for)")
     parser.add_argument("line", nargs="?", default="", help=argparse.SUPPRESS)
 
@@ -76,7 +74,7 @@ def words(line: str) -> list[str]:
         found = _options(command)
     elif command in _TAKE_RECIPES and len(before) == 1:
         found = _recipes(_TAKE_RECIPES[command])
-    elif command in _TAKE_FIELDS:
+    elif _TAKE_RECIPES.get(command) == "RunConfig":
         found = _fields()
     else:
         found = []

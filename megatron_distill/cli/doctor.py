@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Nothing is needed."""
+    """Declare the arguments."""
     parser.add_argument(
         "--deep", action="store_true", help="do, small, what a run does here: kernels, losses, a server; minutes"
     )

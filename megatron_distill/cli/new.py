@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from megatron_distill.cli.arguments import positive_int
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -23,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{what}-key", default="", metavar="COLUMN", help=f"column of the {what}s (default: one of a usual name)"
         )
-    parser.add_argument("--horizon-tokens", type=int, default=1024, help="longest response (default: 1024)")
+    parser.add_argument("--horizon-tokens", type=positive_int, default=1024, help="longest response (default: 1024)")
 
 
 def run(options: argparse.Namespace) -> None:
