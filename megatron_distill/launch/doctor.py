@@ -36,9 +36,8 @@ PACKAGES = {
 """Every package of the design, and the module whose import shows that it works."""
 
 OPTIONAL = {"nemo-run", "transformer-engine", "apex"}
-_NEEDS_DRIVER = (
-    "libcuda.so.1"  # what an import names where no driver is installed, as on the machine that builds an image
-)
+_NEEDS_DRIVER = "libcuda.so.1"
+"""What an import names where no driver is installed, as on the machine that builds an image."""
 
 
 @dataclass(frozen=True)

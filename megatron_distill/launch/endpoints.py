@@ -3,7 +3,7 @@
     server 3 of the student ──> RUN/endpoints/student-3.json {"url": "http://node17:21873"} ──> every replica's leader
 
 No launcher has to know hosts or guess ports beforehand, so one machine, a Slurm job and a requeued Slurm job on other nodes
-work alike. An address says where a server will answer, not that it does: ``Collector.wait_ready`` waits for that.
+work alike. An address says where a server will answer, not that it does: ``Leader.wait_ready`` waits for that.
 
 On one machine everything listens on the loopback; in a job of several, on the interface that leads to the others. A server
 asks for the run's key, which only the run's user can read: ``RUN/server_key``, new at each start of the run.

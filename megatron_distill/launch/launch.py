@@ -3,11 +3,10 @@
     recipe ── launch ──┬── local     this machine, NeMo-Run's LocalExecutor
                        └── cluster   a Slurm job, NeMo-Run's SlurmExecutor
 
-These three modules, and ``nemorun`` for its own command line, are the only ones that know NeMo-Run; no process of a run
-imports them. A run's roles start all at
-once and find each other through the run folder (see ``endpoints``). NeMo-Run 0.11 reports a group's status by whichever task
-it looks at first and exits with 0 after a failure, so what counts is the run folder: ``finished.json``, or the earliest
-record in ``errors/``.
+This module, ``keeper`` and ``cluster`` are the only ones here that know NeMo-Run; no process of a run imports them. A run's
+roles start all at once and find each other through the run folder (see ``endpoints``). NeMo-Run 0.11 reports a group's
+status by whichever task it looks at first and exits with 0 after a failure, so what counts is the run folder:
+``finished.json``, or the earliest record in ``errors/``.
 """
 
 import contextlib

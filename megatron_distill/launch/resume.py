@@ -35,9 +35,8 @@ def refused_changes(before: RunConfig, now: RunConfig) -> list[str]:
     """Fields that a run may not go on with as they are now; a path may become another name of the same place."""
     was, is_now = flatten(to_dict(before)), flatten(to_dict(now))
     free = set(FREE_FIELDS)
-    if (
-        now.rollouts.sync_every_steps > 1
-    ):  # an evaluation by the student's servers brings them weights: fresher rollouts
+    # An evaluation by the student's servers brings them weights: fresher rollouts.
+    if now.rollouts.sync_every_steps > 1:
         free -= {"evaluation.every_steps", "evaluation.sets", "servers.evaluation_replicas"}
     if now.optimizer.lr_decay != "constant":  # which leads to its end
         free -= {"num_steps"}

@@ -194,9 +194,7 @@ def _serve(config: RunConfig, folder: RunFolder, role: str, index: int, device: 
 
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    if (
-        os.environ.get("MEGATRON_DISTILL_DEVICE") == "cpu"
-    ):  # see megatron.cpu_backend: the user's word goes for all processes
+    if os.environ.get("MEGATRON_DISTILL_DEVICE") == "cpu":  # the user's word, as in ``megatron.cpu_backend``
         device = "cpu"
     servers, log_file, key = config.servers, folder.logs / f"{role}-{index}.log", endpoints.key_of(folder)
     num_threads = int(os.environ.get("OMP_NUM_THREADS", "1"))  # the launcher's choice

@@ -227,9 +227,8 @@ def _gap(client: Any, model: Any, vocab_size: int, backend: Backend, version: st
     """Mean |Megatron - server| of the log-probs of what the server samples, in nats."""
     from megatron_distill.megatron.forward_step import run_model
     from megatron_distill.rollouts.batches import pack_micro_batch
-    from megatron_distill.sglang.wire import SamplingParams
     from megatron_distill.training.chunked_head import HiddenTensors
-    from megatron_distill.types import Rollout, Sample
+    from megatron_distill.types import Rollout, Sample, SamplingParams
 
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, vocab_size, PROMPT_TOKENS).tolist() for _ in range(NUM_PROMPTS)]

@@ -79,9 +79,8 @@ class InProcessTeacher:
             forward_only=True,
             collect_non_loss_data=True,
         )
-        self._read = {
-            id(batch): rows for batch, rows in zip(batches, said, strict=False)
-        }  # nothing but on the last stage
+        # Only the last stage has said anything.
+        self._read = {id(batch): rows for batch, rows in zip(batches, said, strict=False)}
 
     def _stage(
         self, batches: Iterator[MicroBatch], model: Any
@@ -128,7 +127,6 @@ def config_like(student: "TransformerConfig", hf_config: HfConfig, backend: Back
     if hf_config.num_layers % stages:
         pipeline["pipeline_model_parallel_layout"] = megatron_layout(stage_layers(hf_config.num_layers, stages))
     teacher = replace(student, **(experts | recompute | pipeline | transformer_config_kwargs(hf_config)))
-    teacher.variable_seq_lengths = (
-        stages > 1
-    )  # packed rows differ; Megatron's own check would refuse it without experts
+    # Packed rows differ in length; Megatron's own check would refuse it without experts.
+    teacher.variable_seq_lengths = stages > 1
     return teacher

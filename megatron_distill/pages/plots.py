@@ -176,7 +176,7 @@ def stacked(name: str, steps: Floats, parts: Mapping[str, Floats], ylabel: str) 
     """Parts of a sum as areas on top of each other, the first at the bottom.
 
     Args:
-        name: of the figure's file, without suffix.
+        name: of the figure; it keeps the ids inside the SVG apart from other figures' on a page.
         steps: [N].
         parts: label -> [N]; nan counts as 0.
         ylabel: what the sum measures, and its unit.

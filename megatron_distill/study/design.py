@@ -1,6 +1,6 @@
 """What a study is: arms that differ in what is asked about, seeds that each arm is repeated with, questions to the numbers.
 
-In: a function in ``recipes/`` that returns a ``Study``. Out: plain values that ``study.run_study`` follows and the results
+In: a function in ``recipes/`` that returns a ``Study``. Out: plain values that ``study.run`` follows and the results
 file repeats, so that tables, figures and verdicts can be made again without the recipe. Importing this starts nothing.
 
     Study ── arms: Arm (a run's config), ...      each is run once for every seed, however many questions ask for it

@@ -89,9 +89,8 @@ def measure(evaluation: Path, teacher: Path, problems: Path, num_responses: int,
     """
     records = {one["id"]: one for one in map(json.loads, problems.read_text(encoding="utf-8").splitlines())}
     asked = records_of(read_json(evaluation)["responses"][:num_responses], records, SHARES)
-    continued = evaluation.with_name(
-        f"continued-{evaluation.stem}.json"
-    )  # which no reader takes for one of the student's
+    # A name that no reader takes for one of the student's evaluations.
+    continued = evaluation.with_name(f"continued-{evaluation.stem}.json")
     to_continue = continued.with_suffix(".jsonl")
     to_continue.write_text("".join(json.dumps(one) + "\n" for one in asked), encoding="utf-8")
     settings = (

@@ -4,7 +4,7 @@
     megatron-distill study tiny.study --quick   one seed and few steps: a look, not a result
     megatron-distill study tiny.study --seeds 2 the runs of one seed; commands of different seeds may go on side by side
 
-In: a ``Study`` (see ``study_design``) and a folder. Out, rewritten after every run, so that an interrupted study shows what it
+In: a ``Study`` (see ``study.design``) and a folder. Out, rewritten after every run, so that an interrupted study shows what it
 has:
 
     FOLDER/
@@ -33,8 +33,6 @@ from megatron_distill.runs.summary import duration
 from megatron_distill.study.design import Arm, Study, check_study
 from megatron_distill.study.page import write_pages
 from megatron_distill.study.results import collect, save
-
-_NOT_LOOKED_AT = ("name", "seed", "num_steps", "distill", "rl", "sft", "optimizer")  # by the checks that need files
 
 Key = tuple[str, int]
 """A run of a study: its arm's name and its seed."""
