@@ -1,7 +1,7 @@
 """Runs on the recall task, where distillation can go wrong: a teacher that hesitates, a student that is wrong about facts.
 
-megatron-distill train recall.distil                                        # mostly forward KL, which is well behaved
-megatron-distill train recall.distil distill.reverse_kl_weight=1            # reverse KL over the long horizon, which runs away
+    megatron-distill train recall.distil                                    # mostly forward KL, which is well behaved
+    megatron-distill train recall.distil distill.reverse_kl_weight=1        # reverse KL over the long horizon, which runs away
 
 The studies over these runs are in ``recall_studies``; the task, and how its models were made, in ``recall_task``.
 """

@@ -100,7 +100,7 @@ class RecallProblem:
 
 
 def sample_problem(rng: random.Random, min_steps: int = MIN_STEPS, max_steps: int = MAX_STEPS) -> RecallProblem:
-    """Draws a problem: the number of look-ups is uniform between the two, then the start, then the tables."""
+    """Draw a problem: the number of look-ups is uniform between the two, then the start, then the tables."""
     num_steps = rng.randint(min_steps, max_steps)
     return RecallProblem(rng.randrange(NUM_VALUES), "".join(rng.sample(TABLES, num_steps)))
 
@@ -176,7 +176,7 @@ RIGHT = Writer(HAZARD, {}, 0.0)
 
 
 def write_jsonl(path: Path, problems: list[RecallProblem], seed: int) -> None:
-    """Writes problems as JSONL records with the fields id, prompt, answer, steps and solution (one drawn per problem)."""
+    """Write problems as JSONL records with the fields id, prompt, answer, steps and solution (one drawn per problem)."""
     rng = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for problem in problems:

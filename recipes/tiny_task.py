@@ -55,7 +55,7 @@ class Operation:
     operand: int
 
     def apply(self, value: int) -> int:
-        """Returns the next running value; divisions are exact by construction."""
+        """The next running value; divisions are exact by construction."""
         match self.symbol:
             case "+":
                 return value + self.operand
@@ -87,7 +87,7 @@ class ChainProblem:
         return f"{self.start}" + "".join(f"{op.symbol}{op.operand}" for op in self.operations)
 
     def prompt(self) -> str:
-        """Returns the question in words; the wording is a function of the problem, so a problem has one prompt."""
+        """The question in words; the wording is a function of the problem, so a problem has one prompt."""
         rng = random.Random(self.id)
         opening = rng.choice(("Start with", "Begin with", "Take"))
         steps = [f"Step {i}: {rng.choice(_VERBS[op.symbol])} {op.operand}." for i, op in enumerate(self.operations, 1)]
@@ -95,7 +95,7 @@ class ChainProblem:
 
 
 def sample_problem(rng: random.Random) -> ChainProblem:
-    """Draws a problem: the number of steps is uniform in 2..6, then each step's kind, then its operand."""
+    """Draw a problem: the number of steps is uniform in 2..6, then each step's kind, then its operand."""
     start = value = rng.randint(2, 20)
     operations = []
     for _ in range(rng.randint(MIN_STEPS, MAX_STEPS)):
@@ -123,7 +123,7 @@ def _distinct_problems(rng: random.Random, excluded: frozenset[ChainProblem]) ->
 
 @cache
 def held_out_problems() -> tuple[ChainProblem, ...]:
-    """Returns the 256 problems that no training stream contains; the same ones for every seed and caller."""
+    """The 256 problems that no training stream contains; the same ones for every seed and caller."""
     return tuple(islice(_distinct_problems(random.Random(HELD_OUT_SEED), frozenset()), NUM_HELD_OUT))
 
 
@@ -133,7 +133,7 @@ def sample_problems(seed: int) -> Iterator[ChainProblem]:
 
 
 def write_solution(problem: ChainProblem, rng: random.Random, error_rate_frac: float = 0.0) -> str:
-    """Writes one worked solution in sampled wording.
+    """Write one worked solution in sampled wording.
 
     Openings, wordings, checks and merges are drawn independently, so the number of right texts for a problem grows
     exponentially with its steps: this is where the teacher's entropy comes from.
@@ -174,12 +174,12 @@ def _worded_lead(step: int, operation: Operation, rng: random.Random) -> str:
 
 
 def _mistaken(result: int, rng: random.Random) -> int:
-    """Returns a plausible wrong result: off by one or two, or by a lost or extra carry."""
+    """A plausible wrong result: off by one or two, or by a lost or extra carry."""
     return result + rng.choice((-10, -2, -1, 1, 2, 10))
 
 
 def write_jsonl(path: Path, problems: list[ChainProblem], seed: int) -> None:
-    """Writes problems as JSONL records with the fields id, prompt, answer and solution (one drawn per problem)."""
+    """Write problems as JSONL records with the fields id, prompt, answer and solution (one drawn per problem)."""
     rng = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for problem in problems:

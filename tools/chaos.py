@@ -54,9 +54,8 @@ MARK = "MEGATRON_DISTILL_CHAOS"
 START_LIMIT_S = 1800.0  # only ends a hang: a start that takes longer is reported as one
 _POLL_S = 0.05
 _MEASURED = ("_s", "tokens_per_s")  # numbers of a step that are times, and so differ
-_ROUNDED = (
-    "sampler_gap_nats",
-)  # between two programs' log-probs: SGLang's last bit depends on what it batches together
+_ROUNDED = ("sampler_gap_nats",)
+"""Numbers between two programs' log-probs: SGLang's last bit depends on what it batches together."""
 
 
 # --- one start --------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def train_tokenizer() -> Tokenizer:
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, stop_token: str) -> PreTrainedTokenizerFast:
-    """Returns the tokenizer as ``AutoTokenizer`` would load it, with the role's own end-of-sequence token."""
+    """The tokenizer as ``AutoTokenizer`` would load it, with the role's own end-of-sequence token."""
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=stop_token,
@@ -131,7 +131,7 @@ def wrap_tokenizer(tokenizer: Tokenizer, stop_token: str) -> PreTrainedTokenizer
 
 
 def build_model(role: Role, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Builds a freshly initialised model; every dimension divides by 2, so that tensor parallelism of 2 works."""
+    """Build a freshly initialised model; every dimension divides by 2, so that tensor parallelism of 2 works."""
     torch.manual_seed(role.seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -222,7 +222,7 @@ def respond(
     sample: bool,
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Returns a response's token ids to each problem, at temperature 1 if ``sample``, else greedy; no stop token where cut."""
+    """A response's token ids to each problem, at temperature 1 if ``sample``, else greedy; no stop token where cut."""
     model.eval()
     torch.manual_seed(0)
     tokenizer.padding_side = "left"
@@ -244,7 +244,7 @@ def respond(
 def accuracy_of(
     tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], responses: Sequence[list[int]]
 ) -> float:
-    """Returns the share of responses whose last box holds the answer."""
+    """The share of responses whose last box holds the answer."""
     boxes = [last_boxed(text) for text in tokenizer.batch_decode(list(responses), skip_special_tokens=True)]
     return sum(box is not None and box.strip() == str(p.answer) for box, p in zip(boxes, problems, strict=True)) / len(
         problems
@@ -254,7 +254,7 @@ def accuracy_of(
 def measure_accuracy(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], sample: bool
 ) -> float:
-    """Returns the share of responses, of up to 220 tokens, that end in the right box."""
+    """The share of responses, of up to 220 tokens, that end in the right box."""
     return accuracy_of(tokenizer, problems, respond(model, tokenizer, problems, sample, max_new_tokens=220))
 
 
