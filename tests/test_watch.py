@@ -83,6 +83,17 @@ def test_records_are_handed_out_once_and_whole(folder: RunFolder, port: int) -> 
     assert asked(port, f"/records?metrics={offset}") == {"restarted": True}
 
 
+def test_servers_events_are_handed_out_too(folder: RunFolder, port: int) -> None:
+    """A server's role writes into a file of its own: that a server was lost is told on the page as on the console."""
+    folder.event("trainer", "step 1")
+    folder.event("student server 0", "lost: killed by signal 9")
+    first = asked(port, "/records?events=0")
+    told = {name: [event["text"] for event in part["records"]] for name, part in first.items() if "events" in name}
+    assert told == {"events": ["step 1"], "events-student-server-0": ["lost: killed by signal 9"]}
+    again = asked(port, "/records?" + "&".join(f"{name}={part['offset']}" for name, part in first.items()))
+    assert not any(part["records"] for part in again.values())
+
+
 def test_nobody_else_and_nothing_else_is_served(folder: RunFolder, port: int) -> None:
     """Another host's name (a web site in the reader's browser), other files, other paths: refused."""
     (folder.root / "secret.txt").write_text("secret")

@@ -7,8 +7,8 @@ folder and nothing else; the page asks for what was appended since it last asked
 
     GET /                      the page (pages/live/)
     GET /run                   what does not change while it is looked at: config, metrics and what they mean
-    GET /records?metrics=OFFSET&samples=OFFSET&timeline=OFFSET&events=OFFSET
-                               what was appended to each file, and where to go on
+    GET /records?metrics=OFFSET&samples=OFFSET&timeline=OFFSET&events=OFFSET&events-ROLE=OFFSET
+                               what was appended to each file, and where to go on; a file that is not named: from its start
     GET /state                 finished, failed or under way; processes and logs
     GET /log?name=trainer.out  the end of a log
 
@@ -118,8 +118,7 @@ def _records(folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
         "metrics": folder.metrics,
         "samples": folder.samples,
         "timeline": folder.timeline,
-        "events": folder.events,
-    }
+    } | {path.stem: path for path in folder.event_files()}
     answer: dict[str, Any] = {}
     for name, path in files.items():
         offset = int(query.get(name, "0"))

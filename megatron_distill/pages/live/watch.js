@@ -23,7 +23,7 @@ forget();
 
 function forget() {
   steps = new Map(); samples = []; spans = []; events = [];
-  offsets = {metrics: 0, samples: 0, timeline: 0, events: 0};
+  offsets = {};  // of each file, by its name; a role may begin one of events at any time
 }
 
 function make(tag, text, attributes = {}) {
@@ -59,8 +59,11 @@ async function look() {
       for (const record of news.metrics.records) steps.set(record.step, record);
       samples.push(...news.samples.records);
       spans.push(...news.timeline.records);
-      events.push(...news.events.records);
-      for (const name of Object.keys(offsets)) offsets[name] = news[name].offset;
+      for (const [name, part] of Object.entries(news)) {
+        if (name.startsWith("events")) events.push(...part.records);
+        offsets[name] = part.offset;
+      }
+      events.sort((a, b) => a.time - b.time);
       state = await ask("/state");
       if (log) byId("log").textContent = (await ask("/log?" + new URLSearchParams({name: log}))).text;
     }
