@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-NUM_STATISTICS = 8
-
 # Bytes of one fp32 intermediate of an eager chunk. A CPU works fastest while a handful of them fit its cache; a GPU needs
 # chunks large enough to hide launches.
 _CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
