@@ -99,7 +99,7 @@ class FakeWriter:
 
 def open_teacher(directory: Path, **changes: Any) -> tuple[CachedTeacher, FakeTeacher]:
     inner = FakeTeacher()
-    question: dict[str, Any] = {"teacher": "teacher-a", "top_k": TOP_K, "stop_token_ids": list(STOPS)} | changes
+    question: dict[str, Any] = {"identity": "teacher-a", "top_k": TOP_K, "stop_token_ids": list(STOPS)} | changes
     return CachedTeacher(inner, directory, SCORES, **question), inner
 
 
@@ -197,7 +197,7 @@ def test_hit_depends_on_tokens_and_question_alone(tmp_path: Path) -> None:
     for expected, asked, changes in (
         (True, replace(rollout, prompt_index=9, newest_version=-1, stop_reason="length"), {}),
         (False, replace(rollout, prompt_ids=moved, response_ids=rollout.response_ids[1:]), {}),
-        (False, rollout, {"teacher": "teacher-b"}),
+        (False, rollout, {"identity": "teacher-b"}),
         (False, rollout, {"top_k": TOP_K + 1}),
         (False, rollout, {"stop_token_ids": list(STOPS[::-1])}),
     ):
