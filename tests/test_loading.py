@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,12 @@ def test_importing_config_and_recipes_pulls_in_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_threads_that_load_one_file_at_once_each_find_all_of_it(tmp_path: Path) -> None:
+    """None is shown a file that another is still running, and the file runs once."""
+    path = tmp_path / "slow.py"
+    path.write_text("import time\nseen = []\nseen.append(1)\ntime.sleep(0.2)\ndef runs():\n    return len(seen)\n")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: load_function(f"{path}:runs", {}, "trackers")(), range(4)))
+    assert found == [1, 1, 1, 1]

@@ -21,6 +21,7 @@ import inspect
 import os
 import pkgutil
 import sys
+import threading
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from megatron_distill.config.schema import RunConfig
 from megatron_distill.errors import ConfigError, DistillError
 
 _FORM = "path/to/file.py:function"
+_LOADING = threading.RLock()  # trackers are loaded by a thread each, and may lie in one file
 
 
 def load_function[T](name: str, builtins: Mapping[str, T], where: str, arguments: Sequence[str] = ()) -> T:
@@ -137,7 +139,7 @@ def module_at(path: Path, where: str) -> ModuleType:
         raise ConfigError(f"{where}: {path} is no file. Give {_FORM}.")
     if path.suffix != ".py":
         raise ConfigError(f"{where}: {path.name} is no Python file. Give {_FORM}.")
-    with _blamed(where, str(path)):
+    with _LOADING, _blamed(where, str(path)):
         # Under a name of its own, since two files may have the same one; dataclasses look their module up by it.
         name = f"{path.stem}_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]}"
         if name in sys.modules:
