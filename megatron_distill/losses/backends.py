@@ -72,6 +72,11 @@ def kernels_for(logits: Tensor, backend: Backend | None) -> Kernels:
             f"backend = {name!r}: needs bf16, fp16 or fp32 logits, not {logits.dtype}. Its arithmetic is fp32. Use "
             "backend='eager' for float64."
         )
+    if name == "cpp" and logits.device.type != "cpu":
+        raise LossError(
+            f"backend = 'cpp': needs CPU tensors, not {logits.device.type}. It reads memory itself. Use backend=None: it picks "
+            "by device."
+        )
     return _load(name)
 
 

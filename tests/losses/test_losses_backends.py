@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,24 @@ def test_the_choice() -> None:
         backends.kernels_for(torch.zeros(1, 4, dtype=torch.float64), "cpp")
     with pytest.raises(LossError, match="backend = 'numpy': must be"):
         backends.kernels_for(torch.zeros(1, 4), "numpy")
+
+
+def test_the_choice_on_a_gpu(monkeypatch) -> None:
+    """Triton for the precisions of training, on whichever card; eager for float64 and where there is no Triton. The C++
+    kernels would follow a GPU's pointer and end the process: they are refused for whatever is not on the CPU."""
+
+    def on_a_gpu(dtype):
+        return SimpleNamespace(dtype=dtype, device=torch.device("cuda:1"))  # all that the choice looks at
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert backends.kernels_for(on_a_gpu(dtype), None).backend == "triton"
+        with pytest.raises(LossError, match="backend = 'cpp': needs CPU tensors, not cuda"):
+            backends.kernels_for(on_a_gpu(dtype), "cpp")
+    assert backends.kernels_for(on_a_gpu(torch.float64), None).backend == "eager"
+    with pytest.raises(LossError, match="backend = 'triton': needs bf16"):
+        backends.kernels_for(on_a_gpu(torch.float64), "triton")
+    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    assert backends.kernels_for(on_a_gpu(torch.bfloat16), None).backend == "eager"
 
 
 def test_without_a_compiler_losses_run_eagerly(monkeypatch, tmp_path) -> None:
