@@ -44,6 +44,20 @@ def test_a_failing_check_is_told_with_its_cause(tmp_path: Path) -> None:
     assert "config.json" in outcome.text
 
 
+@pytest.mark.slow
+def test_no_deep_check_drops_anything_out() -> None:
+    """Megatron's own default is a dropout of 0.1, which the attention of a GPU applies and its stand-in here does not know."""
+    code = """
+from megatron_distill.megatron import deep_checks
+deep_checks.prepare()
+backend, _, _ = deep_checks._setting()
+config = deep_checks._transformer_config(backend, num_layers=1, hidden_size=64, num_attention_heads=4)
+assert config.attention_dropout == config.hidden_dropout == 0.0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.heavy
 def test_deep_doctor_passes_here(capfd: pytest.CaptureFixture[str]) -> None:
     """Every check runs its CPU counterpart: packed attention, output layer, losses, a server over disk and broadcast."""
@@ -51,6 +65,7 @@ def test_deep_doctor_passes_here(capfd: pytest.CaptureFixture[str]) -> None:
     table = capfd.readouterr().out
     assert all(f"  passed  {name} " in table for name in deep_doctor.REMEDIES)
     assert "after disk" in table and "after broadcast" in table
+    assert all(f"{family} by cpp: loss" in table for family in ("kl", "jsd", "top-k", "log-probs"))
 
 
 @pytest.mark.long

@@ -1,10 +1,39 @@
 """Weights on their way: what fails on one rank or on all ends the push, and nobody waits for what will not come."""
 
+import importlib.util
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from megatron_distill.recipes import tiny
 
+from megatron_distill.launch.roles import _pin_nccl
+from megatron_distill.sglang.server import NCCL_ENV
 from tests.support.rank_forge import RankForge
+
+
+def test_both_sides_of_a_broadcast_have_the_same_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer takes what SGLang gives its servers, where both find nothing set; what is set, both find. A run that sends
+    weights through the disk keeps NCCL's own."""
+    for name in NCCL_ENV:
+        monkeypatch.delenv(name, raising=False)
+    by_disk = tiny.quickstart()
+    _pin_nccl(by_disk)
+    assert not NCCL_ENV.keys() & os.environ.keys()
+    by_broadcast = replace(by_disk, servers=replace(by_disk.servers, weight_sync="broadcast"))
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "")  # so that what follows is undone
+    del os.environ["NCCL_CUMEM_ENABLE"]
+    _pin_nccl(by_broadcast)
+    assert (os.environ["NCCL_CUMEM_ENABLE"], os.environ["NCCL_NVLS_ENABLE"]) == ("0", "1")
+    servers_side = Path(importlib.util.find_spec("sglang").origin).parent / "srt/entrypoints/engine.py"
+    assert all(f'if "{name}" not in os.environ' in joined(servers_side) for name in NCCL_ENV)
+
+
+def joined(source: Path) -> str:
+    """Without the line breaks of long conditions."""
+    return " ".join(source.read_text().split()).replace("if ( ", "if ")
 
 
 def test_what_all_ranks_meet_they_raise_alike(forge: RankForge, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from megatron_distill.launch.launch import MODEL_OF, server_groups
 from megatron_distill.launch.resume import requeued_step
 from megatron_distill.runs.lock import take_part
 from megatron_distill.runs.run_folder import RunFolder, read_json, write_json
-from megatron_distill.sglang.server import ServerSpec
+from megatron_distill.sglang.server import NCCL_ENV, ServerSpec
 
 _POLL_S = 0.5
 _GRACE_S = 20.0
@@ -128,10 +128,10 @@ def _stop_when_requested(folder: RunFolder, warning: signal.Signals) -> None:
 
 
 def _pin_nccl(config: RunConfig) -> None:
-    """Give the trainer the NCCL settings that SGLang 0.5.23 forces on its servers: a group that spans both needs the same."""
+    """Give the trainer the servers' NCCL settings: a group that spans both needs the same. What the profile sets, both have."""
     if config.servers.weight_sync == "broadcast":
-        os.environ["NCCL_CUMEM_ENABLE"] = "0"
-        os.environ["NCCL_NVLS_ENABLE"] = "0"
+        for name, value in NCCL_ENV.items():
+            os.environ.setdefault(name, value)
 
 
 def _train(config: RunConfig, folder: RunFolder) -> None:

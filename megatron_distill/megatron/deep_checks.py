@@ -25,6 +25,7 @@ from megatron_distill.megatron.backend import Backend, choose_backend, prepare
 
 LENGTHS = (7, 33, 1, 23)  # tokens of the sequences packed into one row
 NUM_PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 12, 24
+WIDTH = 151_936  # columns of Qwen3's logits
 GAP_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean |Megatron - SGLang| of a sampled token's log-prob
 
 
@@ -41,8 +42,9 @@ def main(check: str, model_dir: str) -> None:
 
 def attention(model_dir: Path) -> str:
     """Core attention over packed rows, forward and backward, against float64."""
-    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_distill.megatron.forward_step import packed_sequences
 
     backend, dtype, device = _setting()
     heads, groups, channels = 4, 2, 64
@@ -56,7 +58,7 @@ def attention(model_dir: Path) -> str:
             from megatron_distill.models.local_layers import PackedAttention as Attention
         core = Attention(config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")
         starts = torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32, device=device)
-        packed = PackedSeqParams("thd", starts, starts, max_seqlen_q=max(LENGTHS), max_seqlen_kv=max(LENGTHS))
+        packed = packed_sequences(starts, max(LENGTHS))
         exact = [
             torch.randn(sum(LENGTHS), n, channels, dtype=torch.float64).to(dtype).double().requires_grad_()
             for n in (heads, groups, groups)
@@ -121,31 +123,65 @@ def linear(model_dir: Path) -> str:
 
 
 def losses(model_dir: Path) -> str:
-    """Every implementation of the distillation loss that runs here, value and gradient, against float64."""
+    """The losses at a real width, value and gradient, against float64: the KL by every implementation that runs here, the
+    others by the one that this machine picks, so that each of its kernels runs."""
     from megatron_distill.errors import LossError
     from megatron_distill.losses import Backend as LossBackend
-    from megatron_distill.losses import distill_kl
+    from megatron_distill.losses.backends import kernels_for
 
     _, dtype, device = _setting()
-    student, teacher = (torch.randn(40, 4096, dtype=torch.float64).mul(3).to(dtype).double() for _ in range(2))
-    student.requires_grad_()
+    student, teacher = (torch.randn(40, WIDTH, dtype=torch.float64).mul(3).to(dtype).double() for _ in range(2))
     weights = torch.rand(40, dtype=torch.float64)
-    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-    forward, reverse = (log_p.exp() * (log_p - log_q)).sum(-1), (log_q.exp() * (log_q - log_p)).sum(-1)
-    expected = 0.3 * reverse + 0.7 * forward
-    (expected * weights).sum().backward()
+    picked = kernels_for(student.to(device, dtype), None).backend
     found = []
-    for name in get_args(LossBackend):
-        given = student.detach().to(device, dtype).requires_grad_()
-        try:
-            terms = distill_kl(given, teacher.to(device, dtype), reverse_kl_weight=0.3, backend=name)
-        except LossError:
-            found.append(f"{name} not here")
-            continue
-        (terms.loss * weights.to(device, terms.loss.dtype)).sum().backward()
-        pairs = {"loss": (terms.loss, expected), "gradient": (given.grad, student.grad)}
-        found.append(f"{name} " + _close(pairs, dtype))
+    for name, loss in _families(teacher).items():
+        value, gradient = _value_and_gradient(loss, student, teacher, weights, "eager")
+        for backend in get_args(LossBackend) if name == "kl" else (picked,):
+            try:
+                given = student.to(device, dtype), teacher.to(device, dtype), weights.to(device)
+                ours = _value_and_gradient(loss, *given, backend)
+            except LossError:
+                found.append(f"{name} by {backend}: not here")
+                continue
+            pairs = {"loss": (ours[0], value), "gradient": (ours[1], gradient)}
+            found.append(f"{name} by {backend}: " + _close(pairs, dtype))
     return "; ".join(found)
+
+
+def _families(teacher_TV: torch.Tensor) -> dict[str, Callable[..., torch.Tensor]]:
+    """One loss of each kind, as functions of both models' logits and the backend."""
+    from megatron_distill.losses import distill_jsd, distill_kl, distill_kl_topk, vocab_parallel_logprobs
+
+    top_TK, ids_TK = teacher_TV.log_softmax(-1).topk(64)
+
+    def topk(student: torch.Tensor, _: torch.Tensor, backend: Any) -> torch.Tensor:
+        top, ids = top_TK.to(student.device), ids_TK.to(student.device)
+        return distill_kl_topk(student, ids, top, reverse_kl_weight=0.3, backend=backend).loss
+
+    def logprobs(student: torch.Tensor, _: torch.Tensor, backend: Any) -> torch.Tensor:
+        terms = vocab_parallel_logprobs(student, ids_TK[:, 0].to(student.device), backend=backend)
+        return terms.logprobs + 0.5 * terms.entropy
+
+    return {
+        "kl": lambda z, t, backend: distill_kl(z, t, reverse_kl_weight=0.3, backend=backend).loss,
+        "jsd": lambda z, t, backend: distill_jsd(z, t, backend=backend).loss,
+        "top-k": topk,
+        "log-probs": logprobs,
+    }
+
+
+def _value_and_gradient(
+    loss: Callable[..., torch.Tensor],
+    student_TV: torch.Tensor,
+    teacher_TV: torch.Tensor,
+    weights_T: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor, Any]:
+    """Of the losses' weighted sum."""
+    given = student_TV.detach().clone().requires_grad_()
+    value = loss(given, teacher_TV, backend)
+    (value * weights_T).sum().backward()
+    return value, given.grad
 
 
 # --- a server beside a trainer ----------------------------------------------------------------------------------------
@@ -160,8 +196,10 @@ def serving(model_dir: Path) -> str:
     from megatron_distill.convert.live import load_hf_weights
     from megatron_distill.models.hf_config import VOCAB_DIVISOR, HfConfig, padded_vocab_size
     from megatron_distill.models.megatron_gpt import build_gpt_model, transformer_config_kwargs
+    from megatron_distill.sglang.server import NCCL_ENV
     from megatron_distill.training.weight_sync import BroadcastSync, DiskSync
 
+    os.environ.update(NCCL_ENV)  # as in a run: before NCCL is asked for anything
     backend, dtype, device = _setting()
     hf_config = HfConfig.from_dir(model_dir)
     found = []
@@ -277,8 +315,9 @@ def _transformer_config(backend: Backend, **architecture: Any) -> Any:
     from megatron.core.transformer import TransformerConfig
 
     _, dtype, _ = _setting()
+    dropout = {"hidden_dropout": 0.0, "attention_dropout": 0.0}  # 0.1 each by default, which kernels on a GPU heed
     return TransformerConfig(
-        **architecture,
+        **(dropout | architecture),
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         pipeline_dtype=dtype,

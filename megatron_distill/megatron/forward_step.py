@@ -40,22 +40,27 @@ def run_model(model: Any, batch: MicroBatch, *, packed_kernels: bool) -> torch.T
         options["fp32_output"] = False
     if not packed_kernels:
         return model(batch.tokens_RL, batch.position_ids_RL, batch.attention_mask, **options)
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.sequence_starts,
-        cu_seqlens_kv=batch.sequence_starts,
-        # Context parallelism pads each sequence, and its padding counts as its own: no gaps between sequences, so that
-        # Transformer Engine need not compare.
-        cu_seqlens_q_padded=batch.sequence_starts,
-        cu_seqlens_kv_padded=batch.sequence_starts,
-        pad_between_seqs=False,
-        max_seqlen_q=batch.max_sequence_tokens,
-        max_seqlen_kv=batch.max_sequence_tokens,
-    )
+    packed = packed_sequences(batch.sequence_starts, batch.max_sequence_tokens)
     tokens, positions = batch.tokens_RL.view(1, -1), batch.position_ids_RL.view(1, -1)
     return model(tokens, positions, None, packed_seq_params=packed, **options)
+
+
+def packed_sequences(sequence_starts: torch.Tensor, max_sequence_tokens: int) -> Any:
+    """Megatron's ``PackedSeqParams``, of which kernels learn where the sequences of a row lie."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=sequence_starts,
+        cu_seqlens_kv=sequence_starts,
+        # Context parallelism pads each sequence, and its padding counts as its own: no gaps between sequences, so that
+        # Transformer Engine need not compare.
+        cu_seqlens_q_padded=sequence_starts,
+        cu_seqlens_kv_padded=sequence_starts,
+        pad_between_seqs=False,
+        max_seqlen_q=max_sequence_tokens,
+        max_seqlen_kv=max_sequence_tokens,
+    )
 
 
 def _response_rows(

@@ -46,6 +46,9 @@ from megatron_distill.sglang.server_log import START_MARK, log_tail
 Progress = Callable[[str], None]
 """Receives one line of text about a slow phase."""
 
+NCCL_ENV = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+"""What SGLang 0.5.23 sets in its processes unless it is set: a process that shares a group with a server needs the same."""
+
 _POLL_S = 0.25
 _HEALTH_TIMEOUT_S = 25.0  # SGLang's own limit on a health check is 20 s
 _PROGRESS_EVERY_S = 5.0
