@@ -55,17 +55,38 @@ def _log_share(share, excess):
 
 
 @triton.jit
-def _load(rows, row, stride, columns, inside, scale):
-    """A block of one row's logits in fp32, over the temperature; -inf outside."""
-    values = tl.load(rows + row * stride + columns, mask=inside, other=-float("inf"))
-    return values.to(tl.float32) * scale
+def _read(row, start, num_columns, other, BLOCK: tl.constexpr):
+    """A block of a row; ``other`` outside. Under a mask of any width but a multiple of 16 loads would be of single columns."""
+    columns = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= num_columns:
+        values = tl.load(row + columns)
+    else:
+        values = tl.load(row + columns, mask=columns < num_columns, other=other)
+    return values
 
 
 @triton.jit
-def _log_prob(rows, row, stride, columns, inside, scale, normalisers, max_at, log_at, WIDTH: tl.constexpr):
+def _write(row, values, start, num_columns, BLOCK: tl.constexpr):
+    """A block of a row, likewise, in the row's dtype."""
+    columns = start + tl.arange(0, BLOCK)
+    values = values.to(row.dtype.element_ty)
+    if start + BLOCK <= num_columns:
+        tl.store(row + columns, values)
+    else:
+        tl.store(row + columns, values, mask=columns < num_columns)
+
+
+@triton.jit
+def _load(row, start, num_columns, scale, BLOCK: tl.constexpr):
+    """A block of one row's logits in fp32, over the temperature; -inf outside."""
+    return _read(row, start, num_columns, -float("inf"), BLOCK).to(tl.float32) * scale
+
+
+@triton.jit
+def _log_prob(row, start, num_columns, scale, normalisers, max_at, log_at, BLOCK: tl.constexpr):
     """log-probabilities of a block: maximum and logarithm are subtracted one after the other."""
-    values = _load(rows, row, stride, columns, inside, scale)
-    return values - tl.load(normalisers + row * WIDTH + max_at) - tl.load(normalisers + row * WIDTH + log_at)
+    values = _load(row, start, num_columns, scale, BLOCK)
+    return values - tl.load(normalisers + max_at) - tl.load(normalisers + log_at)
 
 
 @triton.jit
@@ -83,12 +104,10 @@ def kl_statistics(
     self_z = tl.zeros([BLOCK], tl.float32)
     self_t = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < num_columns
-        x = _load(z, row, z_stride, columns, inside, scale)
-        y = _load(t, row, t_stride, columns, inside, scale)
+        x = _load(z + row * z_stride, start, num_columns, scale, BLOCK)
+        y = _load(t + row * t_stride, start, num_columns, scale, BLOCK)
         if EXCLUDES:
-            blocked = tl.load(excluded + columns, mask=inside, other=0) != 0
+            blocked = _read(excluded, start, num_columns, 0, BLOCK) != 0
             x = tl.where(blocked, -float("inf"), x)
             y = tl.where(blocked, -float("inf"), y)
         new_z = tl.maximum(max_z, tl.max(x, 0))
@@ -145,16 +164,15 @@ def kl_gradient(
 ):
     """See ``kernels.kl_gradient_``."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < num_columns
-    log_q = _log_prob(z, row, z_stride, columns, inside, scale, normalisers, 0, 1, 5)
-    log_p = _log_prob(t, row, t_stride, columns, inside, scale, normalisers, 2, 3, 5)
+    start = tl.program_id(1) * BLOCK
+    log_q = _log_prob(z + row * z_stride, start, num_columns, scale, normalisers + row * 5, 0, 1, BLOCK)
+    log_p = _log_prob(t + row * t_stride, start, num_columns, scale, normalisers + row * 5, 2, 3, BLOCK)
     w = tl.load(weight + row)
     q = tl.exp(log_q)
     p = tl.exp(log_p)
     reverse = _weighted(w * q, log_q - log_p - tl.load(normalisers + row * 5 + 4))
     grad = ((q - p) * (1 - w) + reverse) * (tl.load(upstream + row) * scale)
-    tl.store(out + row * out_stride + columns, grad.to(out.dtype.element_ty), mask=inside)
+    _write(out + row * out_stride, grad, start, num_columns, BLOCK)
 
 
 # Probabilities of a mixture are scaled by 2^60, exactly, so that it is never denormal.
@@ -183,12 +201,10 @@ def mixture_statistics(
     total = tl.zeros([BLOCK], tl.float32)
     slopes = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < num_columns
-        log_q = _log_prob(z, row, z_stride, columns, inside, scale, normalisers, 0, 1, 5)
-        log_p = _log_prob(t, row, t_stride, columns, inside, scale, normalisers, 2, 3, 5)
+        log_q = _log_prob(z + row * z_stride, start, num_columns, scale, normalisers + row * 5, 0, 1, BLOCK)
+        log_p = _log_prob(t + row * t_stride, start, num_columns, scale, normalisers + row * 5, 2, 3, BLOCK)
         if EXCLUDES:
-            blocked = tl.load(excluded + columns, mask=inside, other=0) != 0
+            blocked = _read(excluded, start, num_columns, 0, BLOCK) != 0
             log_q = tl.where(blocked, -float("inf"), log_q)
             log_p = tl.where(blocked, -float("inf"), log_p)
         q = tl.exp(log_q) * _LIFT
@@ -228,10 +244,9 @@ def mixture_gradient(
 ):
     """See ``kernels.mixture_gradient_``."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < num_columns
-    log_q = _log_prob(z, row, z_stride, columns, inside, scale, normalisers, 0, 1, 5)
-    log_p = _log_prob(t, row, t_stride, columns, inside, scale, normalisers, 2, 3, 5)
+    start = tl.program_id(1) * BLOCK
+    log_q = _log_prob(z + row * z_stride, start, num_columns, scale, normalisers + row * 5, 0, 1, BLOCK)
+    log_p = _log_prob(t + row * t_stride, start, num_columns, scale, normalisers + row * 5, 2, 3, BLOCK)
     q = tl.exp(log_q) * _LIFT
     p = tl.exp(log_p) * _LIFT
     per_m = 1.0 / (p_share * p + (1 - p_share) * q)
@@ -239,7 +254,7 @@ def mixture_gradient(
     log_share_q = _log_share(share_q, -p_share * ((p - q) * per_m))
     slope = q_weight * (log_share_q + 1) - (1 - p_share) * (p_weight * (p * per_m) + q_weight * share_q)
     grad = _weighted(q / _LIFT, slope - tl.load(mean_slope + row)) * (tl.load(upstream + row) * scale)
-    tl.store(out + row * out_stride + columns, grad.to(out.dtype.element_ty), mask=inside)
+    _write(out + row * out_stride, grad, start, num_columns, BLOCK)
 
 
 @triton.jit
@@ -253,9 +268,9 @@ def softmax_statistics(
     self_z = tl.zeros([BLOCK], tl.float32)
     place = chosen + row * chosen_stride
     for start in range(0, num_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = _load(z, row, z_stride, columns, columns < num_columns, scale)
+        x = _load(z + row * z_stride, start, num_columns, scale, BLOCK)
         if EXCLUDES:
+            columns = start + tl.arange(0, BLOCK)
             stop = tl.minimum(start + BLOCK, num_columns)
             column = tl.load(place)
             while column < stop:
@@ -293,24 +308,22 @@ def softmax_gradient(
 ):
     """See ``kernels.softmax_gradient_``."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < num_columns
-    log_q = _log_prob(z, row, z_stride, columns, inside, scale, normalisers, 0, 1, 2)
+    start = tl.program_id(1) * BLOCK
+    log_q = _log_prob(z + row * z_stride, start, num_columns, scale, normalisers + row * 2, 0, 1, BLOCK)
     q = tl.exp(log_q)
     spread = _weighted(q, log_q + tl.load(entropy + row))
     grad = scale * (tl.load(upstream + row) * q - _weighted(tl.load(entropy_upstream + row), spread))
-    tl.store(out + row * out_stride + columns, grad.to(out.dtype.element_ty), mask=inside)
+    _write(out + row * out_stride, grad, start, num_columns, BLOCK)
 
 
 @triton.jit
 def rest_gradient(out, z, rest, upstream, out_stride, z_stride, num_columns, scale, BLOCK: tl.constexpr):
     """See ``kernels.rest_gradient_``; the chosen columns are ``chosen_gradient``'s."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < num_columns
-    log_q = _log_prob(z, row, z_stride, columns, inside, scale, rest, 0, 1, 3)
+    start = tl.program_id(1) * BLOCK
+    log_q = _log_prob(z + row * z_stride, start, num_columns, scale, rest + row * 3, 0, 1, BLOCK)
     factor = tl.load(rest + row * 3 + 2) * (tl.load(upstream + row) * scale)
-    tl.store(out + row * out_stride + columns, (tl.exp(log_q) * factor).to(out.dtype.element_ty), mask=inside)
+    _write(out + row * out_stride, tl.exp(log_q) * factor, start, num_columns, BLOCK)
 
 
 @triton.jit

@@ -61,7 +61,7 @@ def configs_of(kernel: Any) -> tuple[Config, ...]:
 
 
 def compiled_resources(kernel: Any, architecture: int, dtype: str, config: Config) -> Resources:
-    """Compile one kernel for rows whose width is a multiple of 16, and read what it needs.
+    """Compile one kernel for rows of any width that begin 16 columns or a multiple of it apart, and read what it needs.
 
     Args:
         kernel: one of ``KERNELS``.
@@ -77,7 +77,7 @@ def compiled_resources(kernel: Any, architecture: int, dtype: str, config: Confi
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(types.items())
-        if kind.startswith("*") or name.endswith("stride") or name == "num_columns"
+        if kind.startswith("*") or name.endswith("stride")
     }
     compiled = triton.compile(
         ASTSource(kernel, types, constexprs=constants, attrs=aligned),

@@ -7,11 +7,18 @@ import pytest
 import torch
 
 from megatron_distill.errors import LossError
-from megatron_distill.losses import distill_kl
+from megatron_distill.losses import (
+    distill_jsd,
+    distill_kl,
+    distill_kl_topk,
+    triton_launch,
+    vocab_parallel_logprobs,
+)
 from megatron_distill.losses.triton_configs import CONFIGS, DEFAULT, TUNED, config_for
 from megatron_distill.losses.triton_resources import ARCHITECTURES, CHOSEN, KERNELS, compiled_resources, configs_of
 from megatron_distill.losses.triton_tune import kernel_calls, tune
 from tests.losses.test_losses_backends import assert_equals_float64, calls, models
+from tests.support.pretended_gpu import MAX_GRID, pretended_gpu
 
 pytestmark = pytest.mark.slow
 
@@ -33,11 +40,68 @@ COMPILED = [
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(("kernel", "config", "architecture"), COMPILED)
 def test_compiles_for_a_gpu_without_spills(kernel, config, architecture, dtype) -> None:
-    """No spilled register, few enough for two programs of 8 warps on a multiprocessor, and 16-byte loads of logits."""
+    """No spilled register, few enough for two programs of 8 warps on a multiprocessor, and 16-byte loads of logits, whatever
+    the number of columns."""
     resources = compiled_resources(kernel, architecture, dtype, config)
     assert resources.spilled_bytes == 0
     assert resources.registers <= 128
     assert resources.wide_loads or kernel.__name__ == "chosen_gradient"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "student_dtype", "teacher_dtype"),
+    [
+        (3, 5_003, torch.bfloat16, torch.bfloat16),
+        (1, 4_096, torch.float16, torch.float16),
+        (70_000, 20, torch.float32, torch.bfloat16),
+        (2, 1, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_a_gpu_would_launch_every_kernel(tokens, vocab, student_dtype, teacher_dtype) -> None:
+    """Triton binds, specialises and compiles what the losses launch, forward and backward, for logits of every precision, two
+    models of different ones, rows of any alignment and a single column; and the grids are within CUDA's bounds."""
+    student, teacher = (torch.randn(tokens, vocab, dtype=dtype) for dtype in (student_dtype, teacher_dtype))
+    ids, top = torch.zeros(tokens, 1, dtype=torch.int64), torch.zeros(tokens, 1)
+    masked = {"stop_token_groups": ((0, vocab - 1),) if vocab > 1 else None, "temperature": 2, "backend": "triton"}
+    with pretended_gpu() as gpu:
+        for loss in (
+            lambda z: distill_kl(z, teacher, reverse_kl_weight=0.3, backend="triton").loss,
+            lambda z: distill_kl(z, teacher, reverse_kl_weight=0.3, **masked).loss,
+            lambda z: distill_jsd(z, teacher, **masked).loss,
+            lambda z: distill_kl_topk(z, ids, top, reverse_kl_weight=0.3, backend="triton").loss,
+            lambda z: vocab_parallel_logprobs(z, ids[:, 0], backend="triton").entropy,
+        ):
+            loss(student.clone().requires_grad_()).sum().backward()
+    assert {launch.name for launch in gpu.launches} == {kernel.__name__ for kernel in KERNELS}
+    for launch in gpu.launches:
+        assert all(0 < size <= most for size, most in zip(launch.grid, MAX_GRID, strict=True))
+        assert launch.grid[0] == tokens
+
+
+def check_far(group, folder):
+    """Rows 2^30 columns apart, in a file that holds nothing but them."""
+    stride, tokens, vocab = 2**30, 4, 300
+    z, t, out = (
+        torch.from_file(f"{folder}/{name}", shared=True, size=tokens * stride, dtype=torch.bfloat16).as_strided(
+            (tokens, vocab), (stride, 1)
+        )
+        for name in ("z", "t", "out")
+    )
+    student, teacher = models(tokens, vocab, torch.bfloat16)
+    z.copy_(student), t.copy_(teacher)
+    near, far = torch.empty_like(student), out
+    row, normalisers = torch.full((tokens,), 0.5), torch.zeros(tokens, 5)
+    for a, b, written in ((student, teacher, near), (z, t, far)):
+        triton_launch.kl_gradient_(written, a, b, normalisers, row, row, 1.0)
+    assert torch.equal(near, far)
+    assert torch.equal(
+        triton_launch.kl_statistics(student, teacher, None, 1.0), triton_launch.kl_statistics(z, t, None, 1.0)
+    )
+
+
+def test_rows_beyond_two_billion_logits(ranks, tmp_path) -> None:
+    """An offset of 32 bits would read and write other rows from the third one on."""
+    ranks.run(check_far, 1, folder=str(tmp_path))
 
 
 def check_configs(group):
