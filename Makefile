@@ -5,13 +5,13 @@ PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/d
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart pipeline test test-fast test-heavy test-long gpu-check check setup docs docs-site lock clean
+.PHONY: quickstart pipeline test test-fast test-heavy test-long gpu-check check setup setup-gpu docs docs-site lock clean
 
 quickstart: $(READY)  ## distil a tiny student on this CPU: minutes
-	$(BIN)/megatron-distill train tiny.quickstart
+	CUDA_VISIBLE_DEVICES= $(BIN)/megatron-distill train tiny.quickstart
 
-pipeline: $(READY)  ## distil, then reinforce, with a gate between: minutes
-	$(BIN)/megatron-distill pipeline tiny_rl.pipeline
+pipeline: $(READY)  ## distil, then reinforce, with a gate between, on this CPU: minutes
+	CUDA_VISIBLE_DEVICES= $(BIN)/megatron-distill pipeline tiny_rl.pipeline
 
 test-fast: $(READY)  ## the tests that start no server and no training job: under a minute
 	$(BIN)/python -m pytest -m "not slow and not heavy and not slurm and not long"
@@ -35,6 +35,11 @@ check: $(READY)  ## lint, format, types, import contract
 	$(BIN)/lint-imports
 
 setup: $(READY)
+
+setup-gpu: $(READY)  ## what bf16 training on a GPU takes besides: Transformer Engine, its extension compiled against this torch
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt setuptools wheel
+	NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=1 $(BIN)/uv pip install --python $(BIN)/python --no-build-isolation \
+	  --constraints constraints.txt 'transformer-engine[core_cu13,pytorch]'
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \

@@ -1,5 +1,6 @@
 """What several folders of tests share, started when a test first asks for it."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from megatron_distill.runs.run_folder import RunFolder
 from tests.support.rank_forge import RankForge
 from tests.support.rank_pool import RankPool
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with GPUs too: what tests prove, they prove of the CPU
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,7 @@ import pytest
 from megatron_distill.recipes.tiny import MODELS
 
 from megatron_distill.cli.main import COMMANDS, command_module, main
+from megatron_distill.launch.doctor import missing_compilers
 
 RECIPE = "tiny.quickstart"
 
@@ -99,6 +100,28 @@ def test_doctor_reports_versions_and_what_works(capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     for part in ("megatron-core", "sglang", "transformer-engine", "apex", "gloo"):
         assert part in printed
+
+
+def test_doctor_says_once_that_a_promised_gpu_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that is missing or too old would fail every import in turn: it is the one thing to say, and what to look at."""
+    monkeypatch.setenv("MEGATRON_DISTILL_DEVICE", "cuda")
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("promises a GPU") == 1 and "580 or newer" in said and "nvidia-smi" in said
+
+
+def test_doctor_knows_what_kernels_are_compiled_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A C++ compiler on the path, and nvcc there or in the toolkit that CUDA_HOME names."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert missing_compilers()[0] == "C++ compiler"
+    for tool in (tmp_path / "g++", tmp_path / "cuda" / "bin" / "nvcc"):
+        tool.parent.mkdir(parents=True, exist_ok=True)
+        tool.touch(mode=0o755)
+    assert missing_compilers() == []
 
 
 def test_evaluating_nothing_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ HEADER = """\
 # The complete environment that is known to work together on Python 3.12, on CPU and GPU alike: what a run takes, the
 # launcher, Transformer Engine, the tools of development and those that the image builds with. `make lock` writes it.
 """
-BUILD_TOOLS = "setuptools>=77\nwheel\npybind11\n"  # that compile Transformer Engine's torch extension in the image
+BUILD_TOOLS = "setuptools>=77\nwheel\n"  # that compile Transformer Engine's torch extension in the image
 
 
 def main() -> None:

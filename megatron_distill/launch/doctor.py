@@ -15,17 +15,20 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_distill.config import RolloutConfig, RunConfig
 from megatron_distill.errors import DistillError
 from megatron_distill.launch.threads import num_cores, threads_of
+from megatron_distill.megatron import cpu_backend
 from megatron_distill.sglang import hidden_states
 
 PACKAGES = {
     "torch": "torch",
     "megatron-core": "megatron.training",
     "sglang": "sglang.srt.server_args",
+    "sglang-kernel": "sgl_kernel",
     "transformers": "transformers",
     "safetensors": "safetensors",
     "math-verify": "math_verify",
@@ -100,8 +103,8 @@ def import_problems(modules: dict[str, str]) -> dict[str, str]:
         modules: by the name of their package.
 
     Returns:
-        The last line of the error of each that failed. One that ends the interpreter is blamed for it, and the others are
-        tried again without it.
+        The last line of the error of each that failed, or the one that names a missing driver. One that ends the
+        interpreter is blamed for it, and the others are tried again without it.
     """
     code = f"""
 import importlib, json
@@ -113,7 +116,8 @@ for name, module in {modules!r}.items():
         importlib.import_module(module)
         print(json.dumps(["ends", name, ""]), flush=True)
     except BaseException as error:
-        text = (str(error).strip().splitlines() or [""])[-1]
+        lines = str(error).strip().splitlines() or [""]
+        text = next((line for line in lines if {_NEEDS_DRIVER!r} in line), lines[-1])
         print(json.dumps(["ends", name, f"{{type(error).__name__}}: {{text}}"]), flush=True)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -134,8 +138,10 @@ def diagnose() -> str:
     """A table for people: packages, devices, and what follows from them.
 
     Raises:
-        DistillError: a package that is installed, or must be, cannot be imported; the table is in the message.
+        DistillError: there should be a GPU, and torch finds none; or a package that is installed, or must be, cannot be
+            imported, and the table is in the message.
     """
+    cpu_backend.require_promised_gpu()  # nothing else matters without it, and every import would say so
     facts, found = environment(), packages()
     by_name = {one.name: one for one in found}
     has_gpu = bool(facts["gpus"])
@@ -160,9 +166,14 @@ def diagnose() -> str:
         lines.append(
             "  between nodes        NCCL finds no libibverbs and will use TCP: install libibverbs1, ibverbs-providers"
         )
+    if has_gpu and (missing := missing_compilers()):
+        lines.append(
+            f"  compilers            no {' and no '.join(missing)}: SGLang and Triton compile kernels as they run. Install a "
+            "C++ compiler and CUDA 13.0's toolkit (CUDA_HOME names it), or use the image in docker/"
+        )
     if has_gpu and not engine.version:
         lines.append(
-            "  remedy: pip install 'megatron-distill[gpu]', or use the image in docker/: bf16 training needs it"
+            "  remedy: make setup-gpu, or the image in docker/: bf16 training takes Transformer Engine's layers"
         )
     table = "\n".join(lines)
     broken = [one.name for one in found if one.fails or (not one.version and one.name not in OPTIONAL)]
@@ -172,6 +183,14 @@ def diagnose() -> str:
             "known to work together, or use the image in docker/."
         )
     return table
+
+
+def missing_compilers() -> list[str]:
+    """What kernels are compiled with, and is not here."""
+    roots = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    toolkit = any(root and Path(root, "bin/nvcc").exists() for root in roots)
+    missing = [] if shutil.which("g++") or shutil.which("clang++") else ["C++ compiler"]
+    return missing + ([] if toolkit or shutil.which("nvcc") else ["nvcc"])
 
 
 def _threads() -> str:

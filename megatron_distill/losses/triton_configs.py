@@ -1,9 +1,10 @@
 """How the Triton kernels cut a row: columns of a block and warps that share it.
 
 A small fixed set, all of it compiled ahead of time by a test for every supported GPU: 8 columns a thread, which is 16-byte
-loads of bf16 wherever a row is so aligned, and no spilled register. Which of it a kernel runs with on a GPU is written down in ``TUNED``, never measured
-during a run: the order of a statistic's sum depends on the block, so a choice by stopwatch would let two runs, or two
-ranks, differ in the last bit. ``python -m megatron_distill.losses.triton_tune`` measures and prints the entry for its GPU.
+loads of bf16 wherever a row is so aligned, and no spilled register. Which of it a kernel runs with on a GPU is written down
+in ``TUNED``, never measured during a run: the order of a statistic's sum depends on the block, so a choice by stopwatch
+would let two runs, or two ranks, differ in the last bit. ``python -m megatron_distill.losses.triton_tune`` measures and
+prints the entry for its GPU.
 """
 
 from typing import NamedTuple

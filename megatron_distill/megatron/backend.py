@@ -69,8 +69,8 @@ def choose_backend(student: StudentConfig) -> Backend:
         )
     if engine and importlib.util.find_spec("transformer_engine") is None:
         raise DistillError(
-            "transformer_engine = not installed: bf16 training on a GPU takes its layers. Use the image in docker/, "
-            "pip install 'megatron-distill[gpu]', or set student.layer_spec=local, which is slower and takes more memory."
+            "transformer_engine = not installed: bf16 training on a GPU takes its layers. Type make setup-gpu, use the image "
+            "in docker/, or set student.layer_spec=local, which is slower and takes more memory."
         )
     packed = engine or student.parallel.cp > 1  # a mask's rows cannot be cut over ranks
     return Backend(use_transformer_engine=engine, packed_kernels=packed, needs_mask=not packed)

@@ -61,14 +61,23 @@ def install() -> bool:
     """
     if not is_cpu():
         return False
-    if promise := promised_gpu():
-        raise DistillError(
-            f"{promise}: promises a GPU, but torch {torch.__version__} finds none (CUDA {torch.version.cuda}). The driver is "
-            "missing or too old, or the container was started without its GPUs. Compare with nvidia-smi. To use the CPU, set "
-            "MEGATRON_DISTILL_DEVICE=cpu."
-        )
+    require_promised_gpu()
     _install_once()
     return True
+
+
+def require_promised_gpu() -> None:
+    """Refuse a machine whose GPU torch does not find.
+
+    Raises:
+        DistillError: naming what promises one.
+    """
+    if is_cpu() and (promise := promised_gpu()):
+        raise DistillError(
+            f"{promise}: promises a GPU, but torch {torch.__version__} finds none. The driver is missing or too old (CUDA 13 "
+            "takes 580 or newer), or the container was started without its GPUs. Compare with nvidia-smi. To use the CPU, set "
+            "MEGATRON_DISTILL_DEVICE=cpu."
+        )
 
 
 def promised_gpu(devices: Path = Path("/dev")) -> str | None:

@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
+MAKEFILE = ROOT / "Makefile"
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -42,6 +43,14 @@ def test_every_image_ends_with_doctor_as_an_unprivileged_user() -> None:
         assert users[-1].isdigit() and int(users[-1]) > 0
 
 
+def test_images_are_left_in_a_folder_that_hides_nothing() -> None:
+    """``python -m megatron_distill`` beside the sources would import those, which have no recipes among them."""
+    sources = [rest.split()[-1] for keyword, rest in instructions() if keyword == "COPY"]
+    assert "megatron_distill" in sources  # into the WORKDIR of then
+    for steps in stages().values():
+        assert [rest for keyword, rest in steps if keyword == "WORKDIR"][-1] == "/home/distill"
+
+
 def test_the_base_is_pinned_and_pip_installs_what_the_constraints_say() -> None:
     """The image holds the versions of constraints.txt, Transformer Engine's wheel for torch's own CUDA among them."""
     arguments = dict(rest.partition("=")[::2] for keyword, rest in instructions() if keyword == "ARG")
@@ -53,6 +62,8 @@ def test_the_base_is_pinned_and_pip_installs_what_the_constraints_say() -> None:
     assert core and core[1] == f"core_cu{arguments['CUDA_IMAGE'].removeprefix('nvidia/cuda:').split('.')[0]}"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (extra,) = extras["gpu"]
+    (setup,) = re.findall(r"--no-build-isolation .*?'(transformer-engine\[\S+\])'", MAKEFILE.read_text(), re.DOTALL)
+    assert f'"{setup}"' in " ".join(installs)  # a host without the image gets the same
     assert core[1] in extra and pins()["transformer-engine"] in SpecifierSet(re.sub(r"^[^]]*\]", "", extra))
 
 
@@ -84,6 +95,17 @@ def pins() -> dict[str, str]:
     }
 
 
+def test_transformer_engine_is_compiled_against_what_torch_brings() -> None:
+    """Without isolation, so that it is this torch; with the headers of torch's own packages, since nvcc is one of them and its
+    folder has no cuDNN; and with no second cuDNN in the base, which Transformer Engine would load beside torch's."""
+    for text in (DOCKERFILE.read_text(), MAKEFILE.read_text()):
+        assert re.search(r"NVTE_BUILD_USE_NVIDIA_WHEELS=1[^&]*--no-build-isolation", text)
+    installed = importlib.metadata.files("nvidia-cudnn-cu13") or []
+    assert any(path.name == "cudnn.h" for path in installed)
+    (base,) = re.findall(r"ARG CUDA_IMAGE=(\S+)", DOCKERFILE.read_text())
+    assert "cudnn" not in base and "-devel-" in base
+
+
 def test_cuda_is_of_the_minor_version_that_torch_was_built_for() -> None:
     """Extensions compiled in the image must match torch's CUDA, major and minor."""
     needed = next(need for need in importlib.metadata.requires("torch") or [] if need.startswith("cuda-toolkit"))
@@ -96,7 +118,7 @@ def test_what_the_image_copies_exists_and_passes_the_ignore_file() -> None:
     allowed = (DOCKERFILE.parent / "Dockerfile.dockerignore").read_text().split()
     for keyword, rest in instructions():
         if keyword == "COPY":
-            for path in rest.split()[:-1]:
+            for path in rest.replace("--chown=1001 ", "").split()[:-1]:
                 assert f"!{path}" in allowed
                 assert (ROOT / path).exists(), path
 
