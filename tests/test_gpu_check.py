@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from megatron_distill.launch import deep_doctor
+from megatron_distill.launch.launch import num_gpus
+from megatron_distill.launch.local import local_tasks
+from megatron_distill.launch.plan import architecture, plan
 from megatron_distill.megatron import deep_checks
+from megatron_distill.runs.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,12 +33,38 @@ def test_every_deep_check_has_a_remedy() -> None:
 
 
 @pytest.mark.slow
-def test_rungs_that_a_machine_cannot_take_are_named_and_skipped(tmp_path: Path) -> None:
-    """What is missing is said, nothing is started, and the ladder does not fail for it; a wrong name does."""
-    done = gpu_check("qwen", "--models", str(tmp_path), "--root", str(tmp_path / "runs"))
+def test_rungs_that_a_machine_cannot_take_are_named_and_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is missing is said, with what to type; nothing is started, and the ladder does not fail for it. A wrong name
+    does."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "nothing fetched"))
+    done = gpu_check("qwen", "qwen_tp2", "--root", str(tmp_path / "runs"))
     assert done.returncode == 0
-    assert f"needs 2 GPUs, {tmp_path}/Qwen3-0.6B-Base" in done.stdout
+    assert "needs 1 GPU, agentica-org/" in done.stdout and "needs 3 GPUs, agentica-org/" in done.stdout
+    assert "Qwen/Qwen3-4B (type: megatron-distill fetch qwen3.b06_from_4b_1x8_128)" in done.stdout
     assert "no such rung: qwne" in gpu_check("qwne").stderr
+
+
+def test_one_gpu_takes_every_rung_that_does_not_need_a_second(tmp_path: Path) -> None:
+    """Whoever has one card climbs all but the broadcasts and tp 2: trainer and server share it, both fit 80 GiB on paper, and
+    the configs are sound."""
+    tools = runpy.run_path(str(ROOT / "tools" / "gpu_check.py"))
+    taken = {name: rung for name, rung in tools["RUNGS"].items() if rung.can_share}
+    assert set(tools["RUNGS"]) - set(taken) == {"tiny_broadcast", "qwen_broadcast", "qwen_tp2"}
+    for rung in taken.values():
+        config = tools["config_of"](rung, 1, [])
+        tasks = local_tasks(config, RunFolder(tmp_path), ["0"])
+        assert {task.env["CUDA_VISIBLE_DEVICES"] for task in tasks} == {"0"}
+        if rung.needs_gpu:
+            student, teacher = (
+                architecture(one.path) if one.path else None for one in (config.student, config.teacher)
+            )
+            planned = plan(config, student, teacher, 80.0)
+            assert planned.trainer_fits and planned.server_fits("student", config.max_sequence_tokens)
+    for rung in tools["RUNGS"].values():
+        config = tools["config_of"](rung, rung.gpus, [])
+        assert num_gpus(config) == rung.gpus and config.student.dtype == "bf16"
 
 
 @pytest.mark.slow
@@ -75,5 +106,5 @@ def test_tiny_rungs_pass_on_cpu(tmp_path: Path) -> None:
     done = gpu_check(*rungs, "--root", str(tmp_path))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     assert all(f"  passed   {name} " in done.stdout for name in rungs)
-    (resumed,) = tmp_path.glob("*/tiny_resume/metrics.jsonl")
+    (resumed,) = tmp_path.glob("*/tiny_resume/run/metrics.jsonl")
     assert [json.loads(line)["step"] for line in resumed.read_text().splitlines()] == [1, 2, 3, 4]

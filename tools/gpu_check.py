@@ -4,9 +4,10 @@
     python tools/gpu_check.py --list                  # what each rung does and needs
     python tools/gpu_check.py qwen qwen_broadcast     # some of them
 
-The tiny rungs run anywhere; on CPU they are what CI runs. The others want a node with GPUs, models/ with Qwen3-0.6B-Base and
-Qwen3-4B, and data/ with the problems that ``recipes/qwen3.py`` names. Every run keeps its folder, logs and report below
---root. A rung that fails does not end the ladder, but the first failure is the one to look at: see docs/gpu.md.
+The tiny rungs run anywhere; on CPU they are what CI runs. The others take a GPU, and the models and data of their recipe: type
+``megatron-distill fetch qwen3.b06_from_4b_1x8_128`` before. One GPU is enough for all but those that need a second by their
+nature: trainer and server then share it. Every run keeps its folder, logs and report below --root. A rung that fails does not
+end the ladder, but the first failure is the one to look at: see docs/gpu.md.
 """
 
 import argparse
@@ -22,8 +23,10 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_distill.launch.deep_doctor import tiny_student
+from megatron_distill.config import RunConfig, with_overrides
+from megatron_distill.config.loading import load_recipe
 from megatron_distill.launch.local import visible_gpus
+from megatron_distill.models import hub
 
 Steps = list[dict[str, float]]
 
@@ -45,7 +48,8 @@ QWEN = (
     "evaluation.max_response_tokens=256",
     "servers.student_replicas=1",
 )
-STUDENT, TEACHER = "Qwen3-0.6B-Base", "Qwen3-4B"
+SHARED = ("servers.shared_gpu_frac=0.3", "servers.weight_sync=disk")
+"""How one GPU holds trainer and server."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Rung:
         overrides: of the recipe.
         verdict: raises AssertionError if the steps of the run do not show it; returns what they show.
         gpus: it takes, where there are any.
-        needs_models: the Qwen models and the data.
+        needs_gpu: a CPU cannot take it, and its models and data must have been fetched.
+        can_share: one GPU holds its trainer and its server.
     """
 
     what: str
@@ -66,7 +71,8 @@ class Rung:
     overrides: tuple[str, ...]
     verdict: Callable[[Steps], str]
     gpus: int = 2
-    needs_models: bool = False
+    needs_gpu: bool = False
+    can_share: bool = True
 
 
 @dataclass
@@ -113,7 +119,7 @@ def reinforces(steps: Steps) -> str:
 RUNGS = {
     "tiny": Rung("a tiny run from start to report", "tiny.quickstart", TINY, small_gap),
     "tiny_broadcast": Rung(
-        "weights by broadcast", "tiny.quickstart", (*TINY, "servers.weight_sync=broadcast"), small_gap
+        "weights by broadcast", "tiny.quickstart", (*TINY, "servers.weight_sync=broadcast"), small_gap, can_share=False
     ),
     "tiny_self": Rung(
         "teacher = student in process: KL is 0", "tiny.quickstart", (*TINY, "num_steps=1"), no_divergence
@@ -130,14 +136,15 @@ RUNGS = {
         "qwen3.b06_from_4b_1x8_128",
         (*QWEN, "servers.weight_sync=disk"),
         small_gap,
-        needs_models=True,
+        needs_gpu=True,
     ),
     "qwen_broadcast": Rung(
         "the same with weights by broadcast",
         "qwen3.b06_from_4b_1x8_128",
         (*QWEN, "servers.weight_sync=broadcast"),
         small_gap,
-        needs_models=True,
+        needs_gpu=True,
+        can_share=False,
     ),
     "qwen_tp2": Rung(
         "the same on tp 2 with sequence parallelism",
@@ -145,21 +152,22 @@ RUNGS = {
         (*QWEN, "student.parallel.tp=2", "student.parallel.sequence_parallel=true"),
         small_gap,
         gpus=3,
-        needs_models=True,
+        needs_gpu=True,
+        can_share=False,
     ),
     "qwen_self": Rung(
         "0.6B from itself in process: KL is about 0",
         "qwen3.b06_from_4b_1x8_128",
         (*QWEN, "num_steps=1"),
         no_divergence,
-        needs_models=True,
+        needs_gpu=True,
     ),
     "qwen_rl": Rung(
         "group-relative RL on 0.6B",
         "qwen3.b06_grpo_1x8_4096",
         (*QWEN, "rollouts.prompts_per_step=2", "curriculum.horizon_tokens=512"),
         reinforces,
-        needs_models=True,
+        needs_gpu=True,
     ),
 }
 DEEP = "doctor"
@@ -171,8 +179,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rungs", nargs="*", metavar="RUNG", help=f"of: {DEEP}, {', '.join(RUNGS)} (default: all)")
     parser.add_argument("--list", action="store_true", help="what each rung does and needs; starts nothing")
-    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of the Qwen directories")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of deepscaler.jsonl and heldout.jsonl")
     parser.add_argument("--root", type=Path, default=Path("runs/gpu-check"), help="where the run folders go")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="more overrides, for every run"
@@ -190,7 +196,7 @@ def main() -> None:
     root = options.root / time.strftime("%Y%m%d-%H%M%S")
     results = []
     for name in options.rungs or (DEEP, *RUNGS):
-        missing = _missing(RUNGS[name], gpus, options) if name in RUNGS else ""
+        missing = _missing(RUNGS[name], gpus, options.set) if name in RUNGS else ""
         if missing:
             results.append(Result(name, "skipped", text=f"needs {missing}"))
         else:
@@ -209,11 +215,11 @@ def _climb(name: str, root: Path, gpus: int, options: argparse.Namespace) -> Res
     result = Result(name, "passed")
     try:
         if name == DEEP:
-            model = options.models / STUDENT
-            _command("doctor", "--deep", *(["--model", str(model)] if gpus and model.is_dir() else []))
+            model = config_of(RUNGS["qwen"], gpus, options.set).student.path
+            _command("doctor", "--deep", *(["--model", model] if gpus and Path(model).is_dir() else []))
             result.text = "see above"
         else:
-            result.steps = _run(name, RUNGS[name], root, gpus, options)
+            result.steps = _run(name, RUNGS[name], root, gpus, options.set)
             result.text = RUNGS[name].verdict(result.steps)
     except AssertionError as error:
         result.state, result.text = "FAILED", str(error)
@@ -221,30 +227,32 @@ def _climb(name: str, root: Path, gpus: int, options: argparse.Namespace) -> Res
     return result
 
 
-def _run(name: str, rung: Rung, root: Path, gpus: int, options: argparse.Namespace) -> Steps:
+def _run(name: str, rung: Rung, root: Path, gpus: int, wished: Sequence[str]) -> Steps:
     """The rung's run, and its steps."""
-    overrides = [*rung.overrides, *([] if rung.needs_models else _dtype(gpus)), *options.set]
-    student = tiny_student()
-    if rung.needs_models:
-        student = options.models / STUDENT
-        overrides += [f"student.path={student}", f"data.train_path={options.data / 'deepscaler.jsonl'}"]
-        overrides += [f"data.heldout_path={options.data / 'heldout.jsonl'}"]
-        if "grpo" not in rung.recipe:
-            overrides.append(f"teacher.path={options.models / TEACHER}")
+    overrides = overrides_of(rung, gpus, wished)
     if name.endswith("_self"):
-        overrides.append(f"teacher.path={_twin(student, root / 'twin')}")
-    run_dir = root / name
+        overrides.append(
+            f"teacher.path={_twin(Path(config_of(rung, gpus, wished).student.path), root / name / 'twin')}"
+        )
+    run_dir = root / name / "run"
     _command("train", rung.recipe, *overrides, "--run-dir", str(run_dir))
     if name.endswith("_resume"):
         _command("train", rung.recipe, *overrides, "num_steps=4", "--run-dir", str(run_dir))
     steps: Steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    wanted = 4 if name.endswith("_resume") else int(next(o for o in reversed(overrides) if "num_steps=" in o)[10:])
+    wanted = 4 if name.endswith("_resume") else config_of(rung, gpus, wished).num_steps
     assert [step["step"] for step in steps] == list(range(1, wanted + 1)), "metrics.jsonl does not hold each step once"
     return steps
 
 
-def _dtype(gpus: int) -> list[str]:
-    return ["student.dtype=bf16"] if gpus else []
+def overrides_of(rung: Rung, gpus: int, wished: Sequence[str]) -> list[str]:
+    """Of the rung's recipe on a machine with so many GPUs; what the user wishes comes last."""
+    dtype = ["student.dtype=bf16"] if gpus and not rung.needs_gpu else []
+    return [*rung.overrides, *dtype, *(SHARED if gpus == 1 and rung.can_share else ()), *wished]
+
+
+def config_of(rung: Rung, gpus: int, wished: Sequence[str]) -> RunConfig:
+    """What the rung runs: places that were fetched are folders."""
+    return hub.resolved(with_overrides(load_recipe(rung.recipe), overrides_of(rung, gpus, wished)))
 
 
 def _twin(model: Path, target: Path) -> Path:
@@ -265,20 +273,20 @@ def _command(*arguments: str) -> None:
 
 
 def _needs(rung: Rung) -> str:
-    models = f", {STUDENT} and {TEACHER} in --models, deepscaler.jsonl and heldout.jsonl in --data"
-    gpus = f"{rung.gpus} GPUs" + ("" if rung.needs_models else ", or none (CPU)")
-    return gpus + (models if rung.needs_models else "")
+    gpus = f"{rung.gpus} GPUs" + (", or 1 for both" if rung.can_share else "")
+    return f"{gpus}, and megatron-distill fetch {rung.recipe}" if rung.needs_gpu else f"{gpus}, or none (CPU)"
 
 
-def _missing(rung: Rung, gpus: int, options: argparse.Namespace) -> str:
+def _missing(rung: Rung, gpus: int, wished: Sequence[str]) -> str:
     """What the rung needs and this machine has not; empty if nothing."""
-    wanted: Sequence[Path] = ()
-    if rung.needs_models:
-        wanted = [options.models / STUDENT, options.models / TEACHER]
-        wanted += [options.data / "deepscaler.jsonl", options.data / "heldout.jsonl"]
-    missing = [str(path) for path in wanted if not path.exists()]
-    if gpus < rung.gpus and (gpus or rung.needs_models):
-        missing.insert(0, f"{rung.gpus} GPUs")
+    missing = []
+    least = 1 if rung.can_share else rung.gpus
+    if gpus < least and (gpus or rung.needs_gpu):
+        missing.append(f"{least} GPU{'s' if least > 1 else ''}")
+    if rung.needs_gpu:
+        places = hub.places(config_of(rung, gpus, wished)).values()
+        if absent := [text for text, _ in places if hub.hub_id(text)]:
+            missing.append(f"{', '.join(absent)} (type: megatron-distill fetch {rung.recipe})")
     return ", ".join(missing)
 
 

@@ -171,6 +171,11 @@ def _layer_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> N
         "student.layer_spec",
         "its attention kernels take no fp32. Set student.dtype=bf16, or student.layer_spec=local.",
     )
+    rule(
+        not config.servers.shared_gpu_frac or config.servers.weight_sync == "disk",
+        "servers.weight_sync",
+        "NCCL refuses two processes on one GPU, where servers.shared_gpu_frac puts trainer and servers. Set it to disk.",
+    )
 
 
 def _flag_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> None:

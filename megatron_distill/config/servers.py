@@ -27,6 +27,12 @@ class ServersConfig:
     )
     student_tp: int = plain(1, "tensor-parallel size of each student and evaluation server", "[1, 4096]")
     teacher_tp: int = plain(1, "tensor-parallel size of each teacher server", "[1, 4096]")
+    shared_gpu_frac: float = plain(
+        0.0,
+        "servers lie on the trainer's GPUs, and each takes so much of the memory that is free when it starts: for one machine "
+        "with few GPUs, even one; 0: servers have GPUs of their own",
+        "[0, 1)",
+    )
     deterministic: bool = plain(
         True,
         "servers that write answer the same request with the same tokens, whatever else is being answered; false is faster "

@@ -62,8 +62,11 @@ def server_groups(config: RunConfig) -> dict[str, tuple[int, int]]:
 
 
 def num_gpus(config: RunConfig) -> int:
-    """GPUs that a run takes: one for each trainer rank, ``tp`` for each server."""
-    return config.num_ranks + sum(replicas * tp for replicas, tp in server_groups(config).values())
+    """GPUs that a run takes: one for each trainer rank, ``tp`` for each server, unless they share."""
+    sizes = server_groups(config).values()
+    if config.servers.shared_gpu_frac:
+        return max(config.num_ranks, *(tp for _, tp in sizes))
+    return config.num_ranks + sum(replicas * tp for replicas, tp in sizes)
 
 
 def role_arguments(role: str, folder: RunFolder) -> list[str]:

@@ -10,6 +10,7 @@ All start at once; the trainer waits for the servers' health. When the trainer e
 with GPUs each rank has one of its own and each server ``tp``; on one without, they share the cores.
 """
 
+import itertools
 import os
 import secrets
 import shlex
@@ -196,13 +197,15 @@ def local_tasks(config: RunConfig, folder: RunFolder, gpus: Sequence[str]) -> li
         raise DistillError(
             f"GPUs = {len(gpus)}: the run takes {num_gpus(config)}, one for each of {config.num_ranks} trainer ranks and "
             f"tp for each server ({_list_servers(config)}). Lower student.parallel.tp, student.parallel.dp or "
-            "servers.*, or launch it on a cluster."
+            "servers.*, let servers share the trainer's GPUs (servers.shared_gpu_frac=0.3), launch it on a cluster, or leave "
+            "the GPUs alone: CUDA_VISIBLE_DEVICES= megatron-distill ..."
         )
-    free = list(gpus)
+    # In turn: each has one owner, or more where they are shared.
+    free = itertools.cycle(gpus[: num_gpus(config)])
     threads = threads_of(config, num_cores())
 
     def task(name: str, arguments: list[str], size: int, num_threads: int) -> Task:
-        mine, free[:] = free[:size], free[size:]
+        mine = list(itertools.islice(free, size))
         env = {"OMP_NUM_THREADS": str(num_threads)} | ({"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {})
         return Task(name, shlex.join([sys.executable, *arguments, "--launcher-pid", str(os.getpid())]), env)
 

@@ -268,10 +268,11 @@ def server_memory(config: RunConfig, model: HfConfig, tp: int, gpu_gib: float) -
     size = WEIGHT_BYTES[config.student.dtype]
     weights = num_parameters(model) * size / tp
     token = 2 * model.num_layers * max(model.num_query_groups / tp, 1) * model.head_dim * size
-    cache = max(gpu_gib * SERVER_SHARE * GIB - weights, 0.0)
+    share = config.servers.shared_gpu_frac or SERVER_SHARE
+    cache = max(gpu_gib * share * GIB - weights, 0.0)
     parts = (
         Part("weights", weights, f"{num_parameters(model):,} parameters x {size} B over tp {tp}"),
-        Part("key-value cache", cache, f"the rest of {SERVER_SHARE:.0%} of the GPU, at {token:,.0f} B a token"),
+        Part("key-value cache", cache, f"the rest of {share:.0%} of the GPU, at {token:,.0f} B a token"),
     )
     return parts, int(cache // token)
 

@@ -200,6 +200,11 @@ def groups_of(config: RunConfig, profile: ClusterProfile) -> list[Group]:
     if profile.gpus_per_node and num_gpus(config) <= profile.gpus_per_node:
         return [Group("run", 1, 1, num_gpus(config))]
     problems: list[str] = []
+    if config.servers.shared_gpu_frac:
+        problems.append(
+            f"servers.shared_gpu_frac = {config.servers.shared_gpu_frac}: is for a run on one node, and this one takes more of "
+            f"{profile.name}. Set it to 0."
+        )
     ranks_per_node = min(config.num_ranks, slots)
     if config.num_ranks % ranks_per_node:
         problems.append(

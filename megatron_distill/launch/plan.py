@@ -7,6 +7,7 @@ on the wire a step and on the disk, and, if something does not fit, the settings
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -47,6 +48,7 @@ class Plan:
         student_parameters: of the whole student, as Hugging Face counts (tied matrices once).
         teacher_parameters: of the teacher, counted the same way; 0 without one.
         gpu_gib: memory of a GPU.
+        trainer_room_gib: what a trainer GPU has for the trainer: a reserve is kept, and what servers take that share it.
     """
 
     trainer: tuple[Part, ...]
@@ -56,6 +58,7 @@ class Plan:
     student_parameters: int
     teacher_parameters: int
     gpu_gib: float
+    trainer_room_gib: float
 
     @property
     def trainer_gib(self) -> float:
@@ -64,8 +67,8 @@ class Plan:
 
     @property
     def trainer_fits(self) -> bool:
-        """Whether a trainer GPU holds it, with a reserve."""
-        return self.trainer_gib + RESERVE_GIB <= self.gpu_gib
+        """Whether a trainer GPU holds it."""
+        return self.trainer_gib <= self.trainer_room_gib
 
     def server_fits(self, role: str, tokens: int) -> bool:
         """Whether a server's cache holds at least one longest sequence of ``tokens``."""
@@ -75,6 +78,8 @@ class Plan:
 def plan(config: RunConfig, student: HfConfig, teacher: HfConfig | None, gpu_gib: float) -> Plan:
     """Do the arithmetic for one config; ``teacher`` is None for a run that needs none."""
     models = {"student": student, "teacher": teacher or student}
+    server_gpus = sum(replicas * tp for replicas, tp in server_groups(config).values())
+    shared = config.servers.shared_gpu_frac * math.ceil(server_gpus / num_gpus(config))
     return Plan(
         trainer=tuple(trainer_memory(config, student, teacher)),
         servers={
@@ -86,6 +91,7 @@ def plan(config: RunConfig, student: HfConfig, teacher: HfConfig | None, gpu_gib
         student_parameters=num_parameters(student),
         teacher_parameters=num_parameters(teacher) if teacher else 0,
         gpu_gib=gpu_gib,
+        trainer_room_gib=gpu_gib * (1 - shared) - RESERVE_GIB,
     )
 
 
@@ -207,7 +213,7 @@ def render(config: RunConfig, student: HfConfig, result: Plan, remedy: list[str]
         "",
         "memory of the fullest trainer GPU",
         *map(_memory_line, result.trainer),
-        f"  {'sum':<18}{result.trainer_gib:9.2f} GiB  of {result.gpu_gib - RESERVE_GIB:g}, "
+        f"  {'sum':<18}{result.trainer_gib:9.2f} GiB  of {result.trainer_room_gib:g}, "
         f"{RESERVE_GIB:g} GiB being kept for CUDA and NCCL: {_verdict(result.trainer_fits)}",
     ]
     for role, (parts, tokens) in result.servers.items():

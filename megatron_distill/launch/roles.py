@@ -228,6 +228,9 @@ def server_spec(
         cpu_threads: see ``ServerSpec``.
     """
     servers, is_student = config.servers, MODEL_OF[role] == "student"
+    shared = (
+        (f"--mem-fraction-static={servers.shared_gpu_frac}",) if servers.shared_gpu_frac and device == "cuda" else ()
+    )
     writes = is_student or config.teacher_writes
     return ServerSpec(
         model_dir=Path(config.student.path if is_student else config.teacher.path),
@@ -240,7 +243,7 @@ def server_spec(
         tp=servers.student_tp if is_student else servers.teacher_tp,
         cpu_threads=cpu_threads,
         returns_hidden_states=not is_student and config.teacher.sends_hidden_states and config.distill.weight > 0,
-        extra_args=servers.student_args if is_student else servers.teacher_args,
+        extra_args=shared + (servers.student_args if is_student else servers.teacher_args),
     )
 
 

@@ -7,12 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from megatron_distill.recipes import clusters, tiny
 
-from megatron_distill.config import ParallelConfig, RolloutConfig, RunConfig, ServersConfig, StudentConfig
-from megatron_distill.errors import DistillError, ServerError
+from megatron_distill.config import (
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    ServersConfig,
+    StudentConfig,
+    problems_of,
+)
+from megatron_distill.errors import ConfigError, DistillError, ServerError
 from megatron_distill.launch import endpoints
 from megatron_distill.launch.launch import num_gpus
 from megatron_distill.launch.local import local_tasks, visible_gpus
+from megatron_distill.launch.nodes import groups_of
+from megatron_distill.launch.roles import server_spec
 from megatron_distill.launch.threads import Threads, num_cores, threads_of
 from megatron_distill.runs.run_folder import RunFolder
 from tests.support.waiting import HANG_S
@@ -39,6 +49,22 @@ def test_too_few_gpus_are_refused_and_none_are_fine(tmp_path: Path) -> None:
     assert [task.name for task in tasks] == ["trainer", "student-0", "student-1", "teacher-0"]
     assert all(task.env == {"OMP_NUM_THREADS": "1"} for task in tasks)
     assert "--nproc-per-node=4" in tasks[0].command
+
+
+def test_one_gpu_may_hold_a_whole_run(tmp_path: Path) -> None:
+    """Shared GPUs are the trainer's, and servers lie on them in turn, each told how much it may take; tp still takes distinct
+    ones. Without a GPU nothing of it is heard of. NCCL, which refuses two processes on a GPU, and several nodes are refused."""
+    servers = replace(CONFIG.servers, shared_gpu_frac=0.3)
+    small = replace(CONFIG, student=StudentConfig(), servers=replace(servers, teacher_tp=1))
+    assert {task.env["CUDA_VISIBLE_DEVICES"] for task in local_tasks(small, RunFolder(tmp_path), ["0"])} == {"0"}
+    tasks = local_tasks(replace(CONFIG, servers=servers), RunFolder(tmp_path), list("01234567"))
+    assert [task.env["CUDA_VISIBLE_DEVICES"] for task in tasks] == ["0,1,2,3", "0", "1", "2,3"]
+    assert server_spec(small, "student", 0, "h", "cuda").extra_args == ("--mem-fraction-static=0.3",)
+    assert server_spec(small, "student", 0, "h", "cpu").extra_args == ()
+    by_broadcast = replace(tiny.quickstart(), servers=ServersConfig(shared_gpu_frac=0.3, weight_sync="broadcast"))
+    assert any("NCCL refuses" in problem for problem in problems_of(by_broadcast))
+    with pytest.raises(ConfigError, match=r"servers\.shared_gpu_frac = 0\.3: is for a run on one node"):
+        groups_of(replace(CONFIG, servers=servers), replace(clusters.example_h100(), gpus_per_node=2))
 
 
 def test_gpus_that_the_caller_hid_stay_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

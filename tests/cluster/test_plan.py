@@ -127,6 +127,18 @@ def test_memory_moves_the_way_the_settings_say() -> None:
     assert all(wider[name] < before[name] for name in before)
 
 
+def test_a_shared_gpu_is_counted_once() -> None:
+    """Servers get the share that they were told to take, and the trainer what they all leave of its GPU."""
+    apart = tiny.quickstart()
+    shared = replace(apart, servers=replace(apart.servers, shared_gpu_frac=0.25, student_replicas=3))
+    plans = [planner.plan(config, *models_of(config), 80.0) for config in (apart, shared)]
+    assert shared.num_ranks == 2 and len(plans[1].servers) == 2  # four servers on two GPUs
+    assert plans[0].trainer_room_gib == 80 - planner.RESERVE_GIB
+    assert plans[1].trainer_room_gib == 80 * (1 - 2 * 0.25) - planner.RESERVE_GIB
+    weights, cache = (part.num_bytes / memory.GIB for part in plans[1].servers["student"][0])
+    assert weights + cache == pytest.approx(80 * 0.25)
+
+
 def test_logits_are_counted_as_often_as_they_are_held() -> None:
     """Once where the gradient takes their place, with a gradient, with those of two components."""
     config = qwen3.b06_from_4b_1x8_4096()
