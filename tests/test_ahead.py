@@ -51,16 +51,19 @@ def same(one: Sample, other: Sample) -> bool:
     return equal(one, other)
 
 
-def test_what_is_ahead_is_one_step_old_and_drained_before_the_push() -> None:
-    """Drawn by the weights of when it was begun; ``drain`` waits for it; ``take`` then hands it out at once."""
-    source = VersionedSource()
-    ahead = Ahead(source, None, lambda: False)
+def test_what_is_ahead_is_one_step_old_and_drained_before_the_push(tmp_path: Path) -> None:
+    """Drawn by the weights of when it was begun; ``drain`` waits for it and keeps it; ``take`` then hands it out at once."""
+    source, store = VersionedSource(), SampleStore(tmp_path)
+    ahead = Ahead(source, store, lambda: False)
     source.gate.clear()
     ahead.begin(1, ALL, 8)
     threading.Timer(0.1, source.gate.set).start()
     ahead.drain()
+    kept = store.load(1, ALL)
     source.weights_changed(1)
-    assert {s.rollout.newest_version for s in ahead.take(1, ALL, 8).samples} == {0}
+    taken = ahead.take(1, ALL, 8).samples
+    assert {s.rollout.newest_version for s in taken} == {0}
+    assert kept is not None and all(map(same, kept, taken))
     assert {s.rollout.newest_version for s in ahead.take(2, ALL, 8).samples} == {1}
 
 
@@ -72,6 +75,7 @@ def test_a_resumed_run_takes_what_was_drawn_at_any_number_of_replicas(size: int,
     for rank in range(2):
         ahead = Ahead(VersionedSource(), SampleStore(tmp_path), lambda: False)
         ahead.begin(1, Share(rank, 2), 8)
+        ahead.drain()
         drawn += ahead.take(1, Share(rank, 2), 8).samples
     taken: list[Sample] = []
     for rank in range(size):

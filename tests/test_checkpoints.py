@@ -34,7 +34,7 @@ from megatron_distill.runs.checkpoints import (
     steps_on_disk,
     steps_to_keep,
 )
-from megatron_distill.runs.run_folder import RunFolder, append, read_json, read_lines
+from megatron_distill.runs.run_folder import HELDOUT, RunFolder, append, read_json, read_lines, write_json
 from megatron_distill.training.kept import Kept
 
 STEPS = (10, 20, 30, 40)
@@ -77,10 +77,28 @@ class Alone:
 
     rank = 0
 
+    def gather(self, value: object) -> list[object]:
+        return [value]
 
-def kept(folder: RunFolder, **settings: object) -> Kept:
-    config = config_module.with_overrides(tiny.quickstart(), [f"checkpoints.{k}={v}" for k, v in settings.items()])
-    return Kept(config, folder, Alone(), lambda directory: None)  # type: ignore[arg-type]
+
+def kept(folder: RunFolder, saved: list[Path] | None = None, **settings: object) -> Kept:
+    overrides = [f"checkpoints.{k}={v}" for k, v in settings.items()]
+    config = config_module.with_overrides(tiny.quickstart(), ["save_every_steps=10", *overrides])
+    return Kept(config, folder, Alone(), saved.append if saved is not None else lambda directory: None)  # type: ignore[arg-type]
+
+
+def test_what_a_kill_left_undone_after_a_checkpoint_is_done_by_the_next_start(folder: RunFolder) -> None:
+    """The checkpoint and the evaluation of a step are there, and its student is neither exported nor told the best: a start
+    that stands at that step does both, and the next one does not take it for better than itself."""
+    record_best(folder, Best(10, "avg_at_k", 0.5))
+    write_json(folder.evaluation(HELDOUT, 20), {"summary": {"avg_at_k": 0.75}})
+    saved: list[Path] = []
+    kept(folder, saved, keep_best="avg_at_k", export_hf="true").after_step(20)
+    assert saved == [folder.hf_best, folder.hf_step(20)]
+    assert best_so_far(folder, "avg_at_k") == Best(20, "avg_at_k", 0.75)
+    saved.clear()
+    kept(folder, saved, keep_best="avg_at_k").after_step(20)
+    assert saved == []
 
 
 def test_nothing_goes_while_the_latest_is_damaged(folder: RunFolder) -> None:

@@ -1,10 +1,11 @@
-"""The order of a run: what is begun, awaited, pushed, decided and trained, at every staleness. A group of one rank is real."""
+"""The order of a run: what is begun, awaited, pushed, saved, measured, decided and trained. A group of one rank is real."""
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch.distributed as dist
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from megatron_distill.config import EntropyGated, RunConfig
 from megatron_distill.config.loading import load_recipe
 from megatron_distill.config.schedules import Schedule, constant
+from megatron_distill.errors import ServerError
 from megatron_distill.evaluate.accuracy import Summary
 from megatron_distill.rollouts.source import Share
 from megatron_distill.runs.run_folder import RunFolder
@@ -23,6 +25,7 @@ from megatron_distill.training.ranks import Ranks
 NUM_STEPS = 8
 DECISION = 3
 Event = tuple[str, int]
+Act = Callable[[int], object]
 
 
 @pytest.fixture
@@ -34,8 +37,40 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def order_of(config: RunConfig, ranks: Ranks, folder: RunFolder) -> list[Event]:
-    """(what, step or version), as it came."""
+@pytest.fixture
+def told_to_end() -> Iterator[list[int]]:
+    """Signals by which this process told itself to end: what Megatron listens to."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    yield received
+    signal.signal(signal.SIGTERM, before)
+
+
+class Ended(Exception):
+    """The cycle ended its process."""
+
+
+def order_of(
+    config: RunConfig,
+    ranks: Ranks,
+    folder: RunFolder,
+    *,
+    told: list[int] | None = None,
+    on_push: Act = lambda version: None,
+    on_evaluation: Act = lambda step: None,
+    must_stop: Callable[[list[Event]], bool] = lambda events: False,
+) -> list[Event]:
+    """(what, step or version), as it came, with Megatron's loop around it.
+
+    Args:
+        config: of the run.
+        ranks: the only one.
+        folder: of the run.
+        told: what tells Megatron to save after the step, and to end.
+        on_push: what a push does besides.
+        on_evaluation: what an evaluation does besides.
+        must_stop: whether a stop was asked for, by what came so far.
+    """
     events: list[Event] = []
 
     def note(what: str, number: int) -> Any:
@@ -50,14 +85,26 @@ def order_of(config: RunConfig, ranks: Ranks, folder: RunFolder) -> list[Event]:
         note("train", step)
         return Prepared({}, {"rollout_s": 0.0})
 
+    def push(version: int) -> None:
+        note("push", version)
+        on_push(version)
+
+    def evaluate(name: str, step: int) -> Any:
+        note("evaluate", step)
+        on_evaluation(step)
+        return SimpleNamespace(summary=Summary(**zero))  # type: ignore[arg-type]
+
+    def end() -> NoReturn:
+        note("end", 0)
+        raise Ended
+
     zero = {field.name: 0 for field in fields(Summary)} | {"stop_reasons": {}}
-    heldout = SimpleNamespace(
-        evaluate=lambda name, step: SimpleNamespace(summary=Summary(**zero)),  # type: ignore[arg-type]
-        measure=lambda: note("decide", 0) or Measurement(1.0, 0.0, 0.0),
-    )
     leader = SimpleNamespace(
-        ahead=SimpleNamespace(begin=begin, drain=lambda: note("drain", 0), keep=lambda step, share: None),
-        heldout=heldout,
+        ahead=SimpleNamespace(
+            begin=begin, drain=lambda: note("drain", 0), keep=lambda step, share: note("keep samples", step)
+        ),
+        heldout=SimpleNamespace(evaluate=evaluate, measure=lambda: note("decide", 0) or Measurement(1.0, 0.0, 0.0)),
+        beside=None,
         wait_ready=lambda say: None,
         weights_changed=lambda version: None,
     )
@@ -67,17 +114,27 @@ def order_of(config: RunConfig, ranks: Ranks, folder: RunFolder) -> list[Event]:
         ranks,
         leader,  # type: ignore[arg-type]
         feed=SimpleNamespace(prepare=prepare),  # type: ignore[arg-type]
-        push=lambda version: note("push", version),
+        push=push,
         push_again=lambda version: False,
-        metrics=SimpleNamespace(write=lambda *_: None, step_begins=lambda: None),  # type: ignore[arg-type]
-        kept=SimpleNamespace(after_step=lambda step: None, after_evaluation=lambda *_: None),  # type: ignore[arg-type]
+        metrics=SimpleNamespace(write=lambda step, *_: note("report", step), step_begins=lambda: None),  # type: ignore[arg-type]
+        kept=SimpleNamespace(after_step=lambda step: note("keep", step)),  # type: ignore[arg-type]
         save=lambda directory: None,
-        must_stop=lambda: False,
+        must_stop=lambda: must_stop(events),
+        end=end,
         step=0,
     )
+    every = config.save_every_steps or config.num_steps
     cycle.begin()
-    for _ in range(NUM_STEPS):
+    for step in range(1, config.num_steps + 1):
+        cycle.go_on()
         cycle.advance()
+        if told or step % every == 0:
+            note("save", step)
+        if told:
+            return events
+    if config.num_steps % every:
+        note("save", config.num_steps)
+    cycle.advance()
     return events
 
 
@@ -122,3 +179,103 @@ def test_nothing_is_older_or_further_ahead_than_the_limit(
         assert ("drain", 0) not in events
     if decides:
         assert events.index(("decide", 0)) < events.index(("begin", DECISION))
+
+
+def of_steps(num_steps: int, *, staleness: int = 0, decides: bool = False, save_every_steps: int = 2) -> RunConfig:
+    """A run that is evaluated at every step."""
+    recipe = load_recipe("tiny.quickstart")
+    return replace(
+        recipe,
+        num_steps=num_steps,
+        save_every_steps=save_every_steps,
+        evaluation=replace(recipe.evaluation, every_steps=1),
+        rollouts=replace(recipe.rollouts, max_staleness_steps=staleness),
+        curriculum=EntropyGated(ladder_tokens=(8, 16), stage_steps=2) if decides else recipe.curriculum,
+    )
+
+
+def test_a_checkpoint_waits_for_no_evaluation_and_no_rollouts(ranks: Ranks, folder: RunFolder) -> None:
+    """At a step whose checkpoint is due, weights and record come before it, and all that asks servers for responses after it;
+    the last step's too. At any other step all of it is done before Megatron could save."""
+    wanted: list[Event] = [("evaluate", 0), ("keep", 0), ("begin", 0), ("train", 0)]
+    for step, is_due in ((1, False), (2, True), (3, False), (4, True), (5, True)):
+        wanted += [("drain", 0), ("push", step), ("report", step), *([("save", step)] if is_due else [])]
+        wanted += [("evaluate", step), ("keep", step)]
+        wanted += [("begin", step), ("train", step)] if step < 5 else []
+    assert order_of(of_steps(5), ranks, folder) == wanted
+
+
+@pytest.mark.parametrize("save_every_steps", [0, 1, 5])
+def test_the_last_step_is_saved_before_its_evaluation(save_every_steps: int, ranks: Ranks, folder: RunFolder) -> None:
+    """Whether Megatron saves it in its loop or after it; and it is evaluated once."""
+    events = order_of(of_steps(5, save_every_steps=save_every_steps), ranks, folder)
+    assert events[-4:] == [("report", 5), ("save", 5), ("evaluate", 5), ("keep", 5)]
+    assert events.count(("evaluate", 5)) == 1
+
+
+def test_what_old_weights_drew_is_kept_before_a_checkpoint_of_new_ones(ranks: Ranks, folder: RunFolder) -> None:
+    """One step ahead, the next step's samples are awaited before the weights that drew them go, and the step after it is begun:
+    both before the checkpoint, as at any other step."""
+    events = order_of(of_steps(5, staleness=1), ranks, folder)
+    for step in (1, 2, 3):
+        begins = events.index(("drain", 0), events.index(("train", step - 1)))
+        assert events[begins : begins + 4] == [("drain", 0), ("push", step), ("report", step), ("begin", step + 1)]
+    assert events.index(("begin", 3)) < events.index(("save", 2)) < events.index(("train", 2))
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_a_decision_at_a_checkpoint_comes_after_it(staleness: int, ranks: Ranks, folder: RunFolder) -> None:
+    """And before anything is begun whose horizon it sets."""
+    events = order_of(of_steps(4, staleness=staleness, decides=True), ranks, folder)
+    after = events[events.index(("save", 2)) :]
+    assert after[:5] == [("save", 2), ("evaluate", 2), ("keep", 2), ("decide", 0), ("begin", 2)]
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_failure_after_a_checkpoint_ends_the_process_at_once(
+    step: int, ranks: Ranks, folder: RunFolder, told_to_end: list[int]
+) -> None:
+    """Its cause is in the run folder, and nothing is trained on top of it. The step is saved: Megatron is not told to."""
+
+    def fail(evaluated: int) -> None:
+        if evaluated == step:
+            raise ServerError("gone")
+
+    with pytest.raises(Ended):
+        order_of(of_steps(5), ranks, folder, on_evaluation=fail)
+    assert (folder.first_failure() or {})["message"] == "gone"
+    assert told_to_end == []
+
+
+def test_a_failure_at_another_step_lets_megatron_save_it(
+    ranks: Ranks, folder: RunFolder, told_to_end: list[int]
+) -> None:
+    """In its evaluation, as in the push of its weights: the step has its record all the same."""
+
+    def fail(number: int) -> None:
+        if number == 3:
+            raise ServerError("gone")
+
+    events = order_of(of_steps(5), ranks, folder, told=told_to_end, on_evaluation=fail)
+    assert events[-4:] == [("report", 3), ("evaluate", 3), ("keep samples", 3), ("save", 3)]
+    told_to_end.clear()
+    events = order_of(of_steps(5), ranks, folder, told=told_to_end, on_push=fail)
+    assert events[-4:] == [("push", 3), ("report", 3), ("keep samples", 3), ("save", 3)]
+    assert (folder.first_failure() or {})["message"] == "gone"
+
+
+def test_a_stop_is_no_failure(ranks: Ranks, folder: RunFolder, told_to_end: list[int]) -> None:
+    """Asked for while a checkpoint is written: the process ends before the evaluation. In a step: Megatron saves that."""
+    asked: list[Event] = []
+
+    def in_checkpoint(events: list[Event]) -> bool:
+        asked[:] = events
+        return ("save", 2) in events
+
+    with pytest.raises(Ended):
+        order_of(of_steps(5), ranks, folder, told=told_to_end, must_stop=in_checkpoint)
+    assert asked[-2:] == [("report", 2), ("save", 2)]
+    assert told_to_end == []
+    events = order_of(of_steps(5), ranks, folder, told=told_to_end, must_stop=lambda events: ("train", 2) in events)
+    assert events[-3:] == [("report", 3), ("keep samples", 3), ("save", 3)]
+    assert folder.first_failure() is None

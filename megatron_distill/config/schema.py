@@ -293,6 +293,11 @@ class RunConfig:
         """Trainer processes."""
         return self.student.parallel.num_ranks
 
+    def is_saved_at(self, step: int) -> bool:
+        """Whether Megatron writes a checkpoint once ``step`` optimizer steps are done."""
+        every = self.save_every_steps or self.num_steps
+        return step > 0 and (step % every == 0 or step == self.num_steps)
+
     @property
     def max_horizon_tokens(self) -> int:
         """The longest response that training can ask for."""

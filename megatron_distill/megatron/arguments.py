@@ -59,8 +59,9 @@ def training_arguments(config: RunConfig, student: HfConfig, folder: RunFolder, 
 
     Two of them are not obvious. ``--full-validation`` of one empty validation set and ``--eval-interval 1`` makes the
     loop call ``pretrain``'s public ``non_loss_data_func`` after every step, on every rank, with parameters in sync: that
-    is where weights are pushed and the next step's rollouts are drawn. ``--calculate-per-token-loss`` divides gradients
-    by the global token count, once, so that micro-batches and replicas cannot change the result.
+    is where weights are pushed and, unless a checkpoint is due, the next step's rollouts are drawn.
+    ``--calculate-per-token-loss`` divides gradients by the global token count, once, so that micro-batches and replicas
+    cannot change the result.
     """
     student_config, optimizer, parallel = config.student, config.optimizer, config.student.parallel
     values = {

@@ -4,22 +4,24 @@
              ──> datasets         everything that needs the loaded model: the objective, the feed, the cycle's beginning
              ──> forward_step     per micro-batch: logits, loss            (``megatron.forward_step``)
              ──> after_step       per step: ``training.cycle``, on one page
+    its schedule ──> before_step  per step, after a checkpoint             (``megatron.schedule``)
 
-``after_step`` is ``pretrain``'s public ``non_loss_data_func``: Megatron calls it on every rank after each step, outside
-autograd, with parameters in sync. Whatever needs all ranks at once (gathering weights, sharing rollouts) happens there,
-never in the data iterator, whose ``next`` the stages of a pipeline call at different times.
+``after_step`` is ``pretrain``'s public ``non_loss_data_func``: Megatron calls it on every rank after each step and before a
+checkpoint, outside autograd, with parameters in sync. Whatever needs all ranks at once (gathering weights, sharing rollouts)
+happens there or in ``before_step``, never in the data iterator, whose ``next`` the stages of a pipeline call at different
+times.
 """
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from megatron_distill.config import RunConfig
 from megatron_distill.convert.live import load_hf_weights, save_hf
-from megatron_distill.megatron import micro_batch_count
+from megatron_distill.megatron import schedule
 from megatron_distill.megatron.arguments import row_multiple, student_padded_vocab_size
 from megatron_distill.megatron.backend import Backend, choose_backend, prepare
 from megatron_distill.megatron.forward_step import FrozenTeacher, make_forward_step
@@ -116,9 +118,10 @@ class Session:
 
     datasets.is_distributed = True  # type: ignore[attr-defined]
 
-    def num_micro_batches(self) -> int:
-        """Of the step that is about to train."""
+    def before_step(self) -> int:
+        """What waited for a checkpoint; then the number of micro-batches of the step that is about to train."""
         assert self._live is not None
+        self._live.cycle.go_on()
         return self._live.cycle.feed.num_micro_batches
 
     def forward_step(self, data_iterator: Any, model: Any) -> Any:
@@ -225,6 +228,7 @@ class _Live:
             save=session.save,
             metrics=StepMetrics(folder, ranks, step_sums, tap.take, RouterLoad(session.chunks).take),
             must_stop=lambda: any(signals.signals_received()),
+            end=_end,
             step=get_args().iteration,
         )
 
@@ -280,6 +284,12 @@ def _weight_sync(session: Session, ranks: Ranks, client: SGLangClient | None) ->
     )
 
 
+def _end() -> NoReturn:
+    """End this process as Megatron's loop does after a signal, once it has saved. Collective."""
+    torch.distributed.barrier()
+    sys.exit()
+
+
 def _nobody(*_: Any) -> Any:
     raise AssertionError("only a replica's leader has somebody to ask")
 
@@ -301,8 +311,7 @@ def run(
     from megatron_distill.megatron.arguments import training_arguments
 
     session = Session(config, folder, vocabulary, make_leader, backend)
-    if config.micro_batch_tokens:
-        micro_batch_count.follow(session.num_micro_batches)
+    schedule.begin_with(session.before_step)
     sys.argv[1:] = training_arguments(config, session.hf_config, folder, session.backend)
     arguments = parse_and_validate_args()
     torch.manual_seed(config.seed)

@@ -2,10 +2,10 @@
 
     staleness 0                                      staleness 1
     push s | draw s | train s | push s+1 | ...       push s | draw s+1 ............... | push s+1 | draw s+2 ...
-                                                            | train s, save, evaluate  |          | train s+1
+                                                            | save, evaluate, train s  |          | save, ...
 
 A step's samples are drawn by weights one optimizer step old, always exactly one: drawing ends before each push. So results
-stay a function of the seed. What is ahead lies in the run folder by the time a checkpoint of the same step can be written
+stay a function of the seed. What was ahead lies in the run folder before a checkpoint of newer weights can be written
 (see ``sample_store``), and a resumed run takes it from there: the very samples of a run that was never stopped. (What a
 server says of a token is the same up to rounding, which depends on the requests that share a batch.)
 
@@ -61,14 +61,16 @@ class Ahead:
         self._drawing[step] = self._threads.submit(self._source.take, step, share, horizon_tokens)
 
     def drain(self) -> None:
-        """Wait until all that was begun is drawn.
+        """Wait until all that was begun is drawn, and keep it, since its weights are about to go.
 
         Raises:
             StaleWeightsError: the servers lost the weights. What was begun is drawn when this is called again.
             StopRequested: this process was told to end meanwhile.
         """
-        for step in list(self._asked):
-            self._drawn(step)
+        for step, (share, _) in list(self._asked.items()):
+            collected = self._drawn(step)
+            if self._store is not None:
+                self._store.save(step, share, collected.samples)
 
     def keep(self, step: int, share: Share) -> None:
         """Before a stop: wait until ``step`` is drawn, if it was begun, and keep it, since its weights will not come back."""
@@ -99,8 +101,6 @@ class Ahead:
         del self._asked[step], self._drawing[step]
         if not was_ahead:
             return collected
-        if self._store is not None:
-            self._store.save(step, share, collected.samples)
         return replace(collected, seconds={"rollout_s": time.perf_counter() - began, "score_s": 0.0})
 
     def forget(self, keep: Sequence[int], rank: int) -> None:

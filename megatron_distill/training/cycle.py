@@ -6,6 +6,8 @@
     advance()
       sync       gather the weights ── rank 0 ─────────────────────────────────────────────> student: version s + 1
       report     add up the metrics of all ranks; the reporter appends a line
+    Megatron: a checkpoint, if one is due
+    go_on()
       evaluate   (every so often)                       rank 0: held-out problems ─────────> student, reward
                  (or beside training: ``training.beside``)
       keep       (if asked for) the best student so far, the student at a save; older checkpoints go
@@ -14,26 +16,29 @@
       prepare    ask for the next step ───────────────> prompts ───────────────────────────> student or teacher writes
                                                         responses ─────────────────────────> teacher scores, reward judges
                  the replica's samples, packed <─────── samples
-    Megatron: a checkpoint if one is due, or if a stop was asked for; the next step
+    Megatron: the next step
 
-With ``rollouts.max_staleness_steps=1`` the leaders begin to draw the step after next at the end of ``sync``, and ``sync``
+A step's checkpoint waits for no evaluation and no rollouts. Where none is due, ``advance`` goes on by itself, and Megatron
+saves at the end of it only if that failed or a stop was asked for.
+
+With ``rollouts.max_staleness_steps=1`` the leaders begin to draw the step after next once the weights are there, and ``sync``
 begins by waiting for what they drew (``rollouts.ahead``). With 2 and more they are as many steps ahead, and nobody waits:
 weights change under what is being written. A decision is a barrier: the step whose horizon it sets is drawn after it.
 
-``advance`` runs on every rank at the same point (see ``megatron.session``), so that whatever needs all ranks at once happens
-here and nowhere else. Servers hold the weights of the latest sync; a step's rollouts say which ones drew them.
+``advance`` and ``go_on`` run on every rank at the same point (see ``megatron.session``), so that whatever needs all ranks at
+once happens here and nowhere else. Servers hold the weights of the latest sync; a step's rollouts say which ones drew them.
 """
 
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_distill.config import RunConfig
 from megatron_distill.errors import DistillError, StaleWeightsError, StopRequested
-from megatron_distill.evaluate.accuracy import Summary
 from megatron_distill.evaluate.sets import EvaluationSet, load_sets
 from megatron_distill.rollouts.source import IN_FLIGHT, Share
 from megatron_distill.runs.run_folder import RunFolder, append, read_lines
@@ -66,6 +71,7 @@ class Cycle:
         kept: Kept,
         save: Callable[[Path], None],
         must_stop: Callable[[], bool],
+        end: Callable[[], NoReturn],
         step: int,
     ) -> None:
         """Stand before a step.
@@ -82,11 +88,13 @@ class Cycle:
             kept: what is kept of the student on the way.
             save: writes the live student as a Hugging Face directory. Collective.
             must_stop: whether any rank was told to end: Megatron then saves and ends after this step. Collective.
+            end: ends the process where all is saved already. Collective.
             step: optimizer steps done: 0, or a checkpoint's.
         """
         self.config, self.folder, self.ranks, self.leader = config, folder, ranks, leader
         self.feed, self.step = feed, step
-        self._push, self._push_again, self._metrics, self._must_stop = push, push_again, metrics, must_stop
+        self._push, self._push_again, self._metrics = push, push_again, metrics
+        self._must_stop, self._end = must_stop, end
         self._kept, self._save = kept, save
         self._share = Share(ranks.dp_rank, ranks.dp_size)
         self._curriculum = make_curriculum(config.curriculum, config.num_steps)
@@ -97,52 +105,74 @@ class Cycle:
         self._trains_since = time.perf_counter()
         self._prepared = Prepared({}, {})
         self._drained_s = 0.0  # waited for the next step's samples before the last push
+        self._waits = False  # for a checkpoint
         self._timeline = Timeline(folder.timeline, is_kept=ranks.rank == 0)
 
     def begin(self) -> None:
-        """Before the first step of this process: servers ready, a fresh run measured, the first rollouts drawn."""
+        """Before the first step of this process: servers ready, a fresh run measured, the first rollouts drawn.
+
+        A resumed one does first what was left undone after its checkpoint.
+        """
         self._on_leader(lambda leader: leader.wait_ready(self.say))
-        if self.step == 0:
-            self._evaluate(self._due_sets())
-        else:
+        if self.step:
             self._sync()
             self._take_up_evaluations()
-            # The run was stopped between its checkpoint and what follows it.
-            self._evaluate(self._without_record(self.step))
-            if self._is_decision_due():
-                self._decide()
-        if self.step == self.config.num_steps:
-            self._evaluated()
-            return
-        self._prepare()
-        self._look_ahead()
+        self._follow(self._without_record(self.step))
 
     def advance(self) -> None:
-        """After an optimizer step. Megatron calls once more when training has ended: then nothing is left to do.
+        """After an optimizer step. Megatron calls once more when the last step is saved: then only its end is left.
 
         What fails here, fails on all ranks alike. Then the cause is left in the run folder and the process is told to end, so
         that Megatron saves the step that has been trained; so it does after a signal, without sampling another step first.
         """
         if self.step == self.config.num_steps:
+            self.go_on()
             return
         self.step += 1
         seconds = self._prepared.seconds | {"train_s": time.perf_counter() - self._trains_since}
         self._timeline.add("trainer", "train", seconds["train_s"])
-        if self._must_stop():
-            self._metrics.write(self.step, self._horizon_tokens, self._prepared, seconds)
-            self._stop("told to end")
-            return
-        try:
-            self._between(seconds)
-        except DistillError as error:
-            if self.ranks.rank == 0 and not isinstance(error, StopRequested):
-                self.folder.fail("trainer-0", str(error))
-            self._stop(str(error))
+        failure = self._failure_of(self._heed, lambda: self._bring_weights(seconds))
+        self._metrics.write(self.step, self._horizon_tokens, self._prepared, seconds)
+        if failure is None:
+            self._look_ahead()
+            self._waits = self.config.is_saved_at(self.step)
+            if not self._waits:
+                failure = self._failure_of(lambda: self._follow(self._due_sets()))
+        if failure is not None:
+            self._stop(failure, "saving a checkpoint")
             os.kill(os.getpid(), signal.SIGTERM)  # what Megatron listens to: it saves, and ends the process
 
-    def _stop(self, reason: str) -> None:
-        """What Megatron is about to save needs beside it what was drawn by weights that are gone by then."""
-        self.say(f"stopping after step {self.step}, saving a checkpoint: {reason}")
+    def go_on(self) -> None:
+        """After a checkpoint that was due: what waited for it. At any other time there is nothing to do.
+
+        Whatever fails or asks to stop here finds the step saved, so the process ends at once.
+        """
+        if not self._waits:
+            return
+        self._waits = False
+        failure = self._failure_of(self._heed, lambda: self._follow(self._due_sets()))
+        if failure is not None:
+            self._stop(failure, "its checkpoint is saved")
+            self._end()
+
+    def _failure_of(self, *parts: Callable[[], None]) -> DistillError | None:
+        """What ended the parts, one after the other; None if nothing did."""
+        try:
+            for part in parts:
+                part()
+        except DistillError as error:
+            return error
+        return None
+
+    def _heed(self) -> None:
+        if self._must_stop():
+            raise StopRequested("told to end")
+
+    def _stop(self, failure: DistillError, state: str) -> None:
+        """Say why, and keep what a checkpoint needs beside it: what was drawn by weights that are gone by then."""
+        if self.ranks.rank == 0 and not isinstance(failure, StopRequested):
+            self.folder.fail("trainer-0", str(failure))
+        self.say(f"stopping after step {self.step}, {state}: {failure}")
 
         def part(leader: Leader) -> None:
             leader.ahead.keep(self.step, self._share)
@@ -151,26 +181,25 @@ class Cycle:
 
         self._on_leader(part)
 
-    def _between(self, seconds: dict[str, float]) -> None:
-        sets, decide = self._due_sets(), self._is_decision_due()
-        if (sets and not self._is_beside) or decide or self._is_sync_due():
+    def _bring_weights(self, seconds: dict[str, float]) -> None:
+        """What a checkpoint needs beside it, and what is drawn next: samples of the old weights, and the new ones."""
+        self._drain()
+        if (self._due_sets() and not self._is_beside) or self._is_decision_due() or self._is_sync_due():
             began = time.perf_counter()
             self._sync()
-            seconds["sync_s"] = time.perf_counter() - began - self._drained_s
-        self._metrics.write(self.step, self._horizon_tokens, self._prepared, seconds)
-        if not decide:
-            self._look_ahead()
-        if sets:
-            self._evaluate(sets)
+            seconds["sync_s"] = time.perf_counter() - began
+
+    def _follow(self, due: Sequence[EvaluationSet]) -> None:
+        """What follows a step that is trained and reported, up to the samples of the next one."""
+        self._evaluate(due)
         self._kept.after_step(self.step)
-        if decide:
+        if self._is_decision_due():
             self._decide()
-        if self.step < self.config.num_steps:
-            self._prepare()
-        else:
+        if self.step == self.config.num_steps:
             self._evaluated()
-        if decide:
-            self._look_ahead()
+            return
+        self._prepare()
+        self._look_ahead()
 
     def say(self, text: str) -> None:
         """Tell the console, once for all ranks."""
@@ -179,14 +208,17 @@ class Cycle:
 
     # --- the phases ---------------------------------------------------------------------------------------------------
 
+    def _drain(self) -> None:
+        """Wait for what the weights before these are drawing, and keep it."""
+        began = time.perf_counter()
+        if self.config.rollouts.max_staleness_steps < IN_FLIGHT:
+            with self._timeline.span("trainer", "wait"):
+                self._on_leader(lambda leader: leader.ahead.drain())
+        self._drained_s = time.perf_counter() - began
+
     def _sync(self) -> None:
         """Bring the weights to the student's servers, stamped with the number of steps behind them."""
         if self.step != self._synced_version:
-            began = time.perf_counter()
-            if self.config.rollouts.max_staleness_steps < IN_FLIGHT:
-                with self._timeline.span("trainer", "wait"):
-                    self._on_leader(lambda leader: leader.ahead.drain())  # its rollouts belong to the weights before
-            self._drained_s = time.perf_counter() - began
             self._push_now()
 
     def _push_now(self) -> None:
@@ -212,32 +244,29 @@ class Cycle:
         return work()
 
     def _evaluate(self, due: Sequence[EvaluationSet]) -> None:
+        if not due:
+            return
         if self._is_beside:
             self._evaluate_beside(due)
             return
 
-        def work(leader: Leader) -> dict[str, Summary]:
-            summaries = {}
+        def work(leader: Leader) -> None:
             for one in due if self.ranks.rank == 0 else ():
                 self.say(f"evaluating on {one.settings.num_problems} problems of {one.name}")
-                summaries[one.name] = leader.heldout.evaluate(one.name, self.step).summary
-                self.folder.event("trainer", "evaluated", evaluation=asdict(summaries[one.name]), set=one.name)
-            return summaries
+                summary = leader.heldout.evaluate(one.name, self.step).summary
+                self.folder.event("trainer", "evaluated", evaluation=asdict(summary), set=one.name)
 
         with self._timeline.span("trainer", "evaluate"):
-            summaries = self._on_leader(work)
-        self._kept.after_evaluation(self.step, summaries)
+            self._on_leader(work)
 
     def _evaluate_beside(self, due: Sequence[EvaluationSet]) -> None:
         """Begin an evaluation on servers of its own; wait for it where the best student is kept, while it is still here."""
-        if not due:
-            return
         self._evaluated()
         with self._timeline.span("trainer", "evaluate"):
             self._save(self.folder.evaluated_weights(self.step))
         self._begin_beside(self.step, due)
         if self.config.checkpoints.keep_best != "none":
-            self._kept.after_evaluation(self.step, self._evaluated())
+            self._evaluated()
 
     def _begin_beside(self, step: int, due: Sequence[EvaluationSet]) -> None:
         def begin(leader: Leader) -> None:
@@ -246,12 +275,11 @@ class Cycle:
 
         self._on_leader(begin)
 
-    def _evaluated(self) -> Mapping[str, Summary]:
+    def _evaluated(self) -> None:
         """Wait for the evaluation beside training, if one is under way."""
-        if not self._is_beside:
-            return {}
-        with self._timeline.span("trainer", "evaluate"):
-            return self._on_leader(lambda leader: leader.beside.wait() if leader.beside is not None else {})
+        if self._is_beside:
+            with self._timeline.span("trainer", "evaluate"):
+                self._on_leader(lambda leader: leader.beside.wait() if leader.beside is not None else None)
 
     def _take_up_evaluations(self) -> None:
         """Those that the run was stopped in, of steps before this one."""
@@ -288,8 +316,10 @@ class Cycle:
 
     def _look_ahead(self) -> None:
         """Let the leaders begin to draw the steps after the present one, up to one whose horizon is not decided yet."""
+        if self.leader is None or self._is_decision_due():
+            return
         for step in range(self.step + 1, self._last_step_drawn() + 1):
-            if self.leader is None or self._curriculum.is_due(step):
+            if self._curriculum.is_due(step):
                 return
             self.leader.ahead.begin(step, self._share, self._curriculum.horizon_tokens(step))
 

@@ -1,19 +1,19 @@
 """What a run keeps on the way: the best student, the student at each save, and only so many checkpoints.
 
-In: the steps as they pass and what evaluations say, on every rank. Out: ``hf_best/``, ``hf_steps/``, fewer ``checkpoints/``.
+In: the steps as they pass, on every rank; evaluations and checkpoints in the run folder. Out: ``hf_best/``, ``hf_steps/``,
+fewer ``checkpoints/``.
 
 Checkpoints are thinned out by a thread of rank 0, beside training. Before anything is deleted the latest checkpoint is read
 whole and its checksums are compared, so that what is left can always be resumed from.
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_distill.config import RunConfig
 from megatron_distill.convert.damage import damage_of
 from megatron_distill.errors import CheckpointError
-from megatron_distill.evaluate.accuracy import Summary
 from megatron_distill.runs.checkpoints import (
     Best,
     best_so_far,
@@ -24,7 +24,7 @@ from megatron_distill.runs.checkpoints import (
     steps_on_disk,
     steps_to_keep,
 )
-from megatron_distill.runs.run_folder import HELDOUT, RunFolder
+from megatron_distill.runs.run_folder import HELDOUT, RunFolder, read_json
 from megatron_distill.training.ranks import Ranks
 
 
@@ -44,15 +44,24 @@ class Kept:
         self._thread: threading.Thread | None = None
         self._judged = 0  # the latest checkpoint that was looked at
 
-    def after_evaluation(self, step: int, summaries: Mapping[str, Summary]) -> None:
-        """Keep the student if it is the best so far. Collective; the summaries, by set, are those of rank 0."""
-        metric = self._config.checkpoints.keep_best
-        if metric == "none":
-            return
+    def after_step(self, step: int) -> None:
+        """Once a step is saved, if that is due, and evaluated: keep its student if it is asked for, thin out checkpoints.
+
+        Collective. Once more for the same step, in a run that was killed in here and resumed, does what is left to do.
+        """
+        if self._config.checkpoints.keep_best != "none":
+            self._keep_best(step, self._config.checkpoints.keep_best)
+        is_last = step == self._config.num_steps  # whose export is hf/
+        if self._config.checkpoints.export_hf and self._config.is_saved_at(step) and not is_last:
+            self._save(self._folder.hf_step(step))
+        self._thin_out()
+
+    def _keep_best(self, step: int, metric: str) -> None:
         best: Best | None = None
-        if HELDOUT in summaries and self._ranks.rank == 0:
+        evaluation = self._folder.evaluation(HELDOUT, step)
+        if self._ranks.rank == 0 and evaluation.exists():
             so_far = best_so_far(self._folder, metric)
-            value = float(getattr(summaries[HELDOUT], metric))
+            value = float(read_json(evaluation)["summary"][metric])
             best = Best(step, metric, value) if so_far is None or value > so_far.value else None
         best = self._ranks.gather(best)[0]
         if best is None:
@@ -61,14 +70,6 @@ class Kept:
         if self._ranks.rank == 0:
             record_best(self._folder, best)
             self._folder.event("trainer", f"the best student so far is kept: {metric} {best.value:.3f} at step {step}")
-
-    def after_step(self, step: int) -> None:
-        """Export the student if Megatron is about to save it, and thin out earlier checkpoints. Collective."""
-        every = self._config.save_every_steps
-        is_last = step == self._config.num_steps  # whose export is hf/
-        if self._config.checkpoints.export_hf and every and step % every == 0 and not is_last:
-            self._save(self._folder.hf_step(step))
-        self._thin_out()
 
     def close(self) -> None:
         """Wait for the thread, and thin out once more: the last checkpoint has been saved."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -12,12 +13,24 @@ from megatron_distill.runs.run_folder import RunFolder, read_json
 from tests.support.layouts import run_job
 from tests.support.rank_forge import RankForge
 
+OVERLAPPED = ["--overlap-grad-reduce", "--overlap-param-gather"]
 
-def test_a_run_keeps_what_it_was_asked_to_and_resumes(forge: RankForge, models: Path, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"student.parallel.tp": 2},
+        {"student.parallel.dp": 2, "student.distributed_optimizer": True, "student.megatron_args": OVERLAPPED},
+    ],
+    ids=["tp2", "dp2_overlapped"],
+)
+def test_a_run_keeps_what_it_was_asked_to_and_resumes(
+    layout: dict[str, object], forge: RankForge, models: Path, tmp_path: Path
+) -> None:
     """Of five checkpoints the last two and the best one's are left, whole; the best student and the exports are the students of
-    their steps; and the run goes on from what is left, to the weights of one that kept everything."""
-    settings = {
-        "student.parallel.tp": 2,
+    their steps, where parameters are gathered during the next forward pass too; and the run goes on from what is left, to the
+    weights of one that kept everything."""
+    settings = layout | {
         "save_every_steps": 1,
         "evaluation.every_steps": 1,
         "checkpoints.keep_last": 2,
@@ -38,7 +51,7 @@ def test_a_run_keeps_what_it_was_asked_to_and_resumes(forge: RankForge, models: 
             assert torch.equal(weights[name], tensor), (step, name)
     resumed = run_job(models, folder.root, settings | {"num_steps": 6}, forge=forge)
     assert steps_on_disk(folder) == [2, 5, 6]
-    plain = {"student.parallel.tp": 2, "num_steps": 6, "save_every_steps": 1}
+    plain = layout | {"num_steps": 6, "save_every_steps": 1}
     unbroken = run_job(models, tmp_path / "unbroken", plain, forge=forge)
     assert steps_on_disk(RunFolder(tmp_path / "unbroken")) == [1, 2, 3, 4, 5, 6]
     for name, weight in unbroken.weights.items():

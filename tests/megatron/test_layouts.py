@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_distill.runs.run_folder import RunFolder
 from tests.support.layouts import NUM_STEPS, Outcome, assert_same, run_job, run_jobs
 from tests.support.rank_forge import RankForge
 
@@ -78,4 +79,41 @@ def test_resumed_run_equals_an_unbroken_one(
     for ours, theirs in zip(resumed.steps, unbroken.steps, strict=True):
         assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
     for name, weight in unbroken.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "fault", "seen"),
+    [
+        ({"student.parallel.tp": 2}, "killed", AssertionError),  # the codes of the ranks
+        ({"student.parallel.pp": 2}, "fails", FileNotFoundError),  # ended by themselves, and no student was exported
+    ],
+    ids=["tp2 killed", "pp2 fails"],
+)
+def test_a_run_that_ends_in_an_evaluation_goes_on_from_the_step_it_was_evaluating(
+    layout: dict[str, object], fault: str, seen: type[Exception], forge: RankForge, models: Path, tmp_path: Path
+) -> None:
+    """The checkpoint of a step is there before its evaluation begins, the last one too; neither Megatron's clock nor autograd
+    runs meanwhile. What ended there goes on from there, and leaves the bits, the records and the evaluations of an unbroken
+    run."""
+    settings = layout | {"num_steps": 5, "save_every_steps": 2, "evaluation.every_steps": 1}
+    unbroken, broken = RunFolder(tmp_path / "unbroken"), RunFolder(tmp_path / "broken")
+    reference = run_job(models, unbroken.root, settings, forge=forge)
+    summaries = unbroken.evaluations()
+    assert [(one["step"], one["checkpoint"]) for one in summaries] == [(0, 0), (1, 0), (2, 2), (3, 2), (4, 4), (5, 5)]
+    assert not any(one["has_grad"] for one in summaries[1:])  # the first is made before training begins
+    assert not any(one["is_timed"] for one in summaries[:-1])  # no step follows the last one
+
+    broken.create()
+    (broken.root / "in_evaluation").write_text(f"4 {fault}")
+    with pytest.raises(seen):
+        run_job(models, broken.root, settings, forge=forge)
+    assert broken.latest_checkpoint_step() == 4 and [step["step"] for step in broken.steps()] == [1, 2, 3, 4]
+    assert (broken.first_failure() or {}).get("message") == ("told to fail" if fault == "fails" else None)
+    resumed = run_job(models, broken.root, settings, forge=forge)
+    assert [step["step"] for step in resumed.steps] == [1, 2, 3, 4, 5]
+    assert [one["step"] for one in broken.evaluations()] == [0, 1, 2, 3, 4, 5]
+    for ours, theirs in zip(resumed.steps, reference.steps, strict=True):
+        assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
+    for name, weight in reference.weights.items():
         assert torch.equal(resumed.weights[name], weight), name

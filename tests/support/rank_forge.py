@@ -133,6 +133,8 @@ def _fork_rank(rank: int, module: str, world_size: int, port: int, argv: list[st
         sys.argv = [module, *argv]
         importlib.import_module(module).main()
         code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:

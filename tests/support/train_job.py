@@ -4,22 +4,28 @@
 
 The run folder holds the config, BACKEND the fields of a ``Backend`` as JSON, instead of the machine's. Samples are a function
 of the step alone, and each replica takes its share, so that runs of different layouts see the same data. Losses and
-gradient norms are in ``metrics.jsonl``, the student in ``hf/``.
+gradient norms are in ``metrics.jsonl``, the student in ``hf/``. An evaluation notes what it was made beside; a file
+``in_evaluation`` in the run folder, "4 killed" or "4 fails", is what happens, once, to the rank that evaluates that step.
 """
 
 import json
+import os
+import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from megatron_distill import config as config_module
+from megatron_distill.errors import DistillError
 from megatron_distill.megatron.backend import Backend
 from megatron_distill.megatron.session import run
 from megatron_distill.models.vocabulary import Vocabulary
 from megatron_distill.rollouts.source import Collected, Share
-from megatron_distill.runs.run_folder import RunFolder
+from megatron_distill.runs.run_folder import RunFolder, write_json
 from megatron_distill.training.leader import Leader
 from tests.support.samples import STOP_TOKEN_IDS, make_samples, with_hidden_states
 
@@ -28,26 +34,51 @@ TOP_K = 8
 
 @dataclass(frozen=True)
 class _Measured:
-    """The summary of an evaluation that asked nothing: the better, the nearer to step 2."""
+    """The summary of an evaluation that asked nothing, and what it was made beside.
+
+    Attributes:
+        step: evaluated.
+        avg_at_k: the better, the nearer to step 2.
+        checkpoint: the latest one.
+        is_timed: Megatron took the evaluation for a part of a step's time.
+        has_grad: autograd was on.
+    """
 
     step: int
-
-    @property
-    def avg_at_k(self) -> float:
-        return 1 / (1 + abs(self.step - 2))
+    avg_at_k: float
+    checkpoint: int
+    is_timed: bool
+    has_grad: bool
 
 
 class MadeUpLeader(Leader):
     """A leader whose servers say what ``make_samples`` says."""
 
-    def __init__(self, config: config_module.RunConfig, vocab_size: int) -> None:
-        self._config, self._vocab_size = config, vocab_size
+    def __init__(self, config: config_module.RunConfig, folder: RunFolder, vocab_size: int) -> None:
+        self._config, self._folder, self._vocab_size = config, folder, vocab_size
         self.student = _Server()  # type: ignore[assignment]
-        self.heldout = SimpleNamespace(evaluate=lambda name, step: SimpleNamespace(summary=_Measured(step)))  # type: ignore[assignment]
-
+        self.heldout = SimpleNamespace(evaluate=self._evaluate)  # type: ignore[assignment]
+        self.beside = None
         self.ahead = SimpleNamespace(drain=lambda: None, begin=lambda *_: None, keep=lambda *_: None)  # type: ignore[assignment]
 
     def wait_ready(self, progress: Any) -> None: ...
+
+    def _evaluate(self, name: str, step: int) -> Any:
+        from megatron.training import get_timers
+
+        folder, fault = self._folder, self._folder.root / "in_evaluation"
+        if fault.exists() and fault.read_text().startswith(f"{step} "):
+            is_killed = fault.read_text().endswith("killed")
+            fault.unlink()
+            if is_killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise DistillError("told to fail")
+        is_timed = getattr(get_timers()("interval-time"), "_started", False)  # before the first step there is none
+        summary = _Measured(
+            step, 1 / (1 + abs(step - 2)), folder.latest_checkpoint_step(), is_timed, torch.is_grad_enabled()
+        )
+        write_json(folder.evaluation(name, step), {"summary": asdict(summary)})
+        return SimpleNamespace(summary=summary)
 
     def take(self, step: int, share: Share, horizon_tokens: int) -> Collected:
         samples = make_samples(step, self._config.rollouts_per_step, self._vocab_size, top_k=TOP_K)
@@ -81,7 +112,7 @@ def main() -> None:
     tokenizer = SimpleNamespace(decode=str)
     vocabulary = Vocabulary(tokenizer, vocab_size, STOP_TOKEN_IDS)
     backend = Backend(**json.loads(sys.argv[2])) if len(sys.argv) > 2 else None
-    run(config, folder, vocabulary, lambda dp_rank, must_stop: MadeUpLeader(config, vocab_size), backend)
+    run(config, folder, vocabulary, lambda dp_rank, must_stop: MadeUpLeader(config, folder, vocab_size), backend)
 
 
 if __name__ == "__main__":
