@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_distill.launch import processes
-from megatron_distill.runs.run_folder import RunFolder, append, read_lines
+from megatron_distill.runs.run_folder import HELDOUT, RunFolder, append, read_lines
 
 NUM_STEPS = 16
+EVALUATED_EVERY_STEPS = 5
 _COMMAND = (sys.executable, "-m", "megatron_distill.cli.main", "train")
 RECIPE = (
     "tiny.quickstart",
@@ -48,7 +49,7 @@ RECIPE = (
     "evaluation.samples_per_problem=1",
     "evaluation.max_response_tokens=24",
     "evaluation.entropy_problems=2",
-    "evaluation.every_steps=5",
+    f"evaluation.every_steps={EVALUATED_EVERY_STEPS}",
 )
 MARK = "MEGATRON_DISTILL_CHAOS"
 START_LIMIT_S = 1800.0  # only ends a hang: a start that takes longer is reported as one
@@ -203,8 +204,22 @@ def syncing(start: Start, rng: random.Random) -> bool:
     return seen and start.running()
 
 
+def evaluating(start: Start, rng: random.Random) -> bool:
+    """In the evaluation of a step whose checkpoint is written."""
+    folder, resumed = start.folder, _resumed(start)
+
+    def is_evaluating() -> bool:
+        step = folder.latest_checkpoint_step()
+        is_due = step % EVALUATED_EVERY_STEPS == 0 or step == NUM_STEPS
+        return step > resumed and is_due and not folder.evaluation(HELDOUT, step).exists()
+
+    came = _until(start, is_evaluating)
+    time.sleep(rng.uniform(0, 0.2))
+    return came and start.running()
+
+
 def ending(start: Start, rng: random.Random) -> bool:
-    """Between the last step and the mark of the end: export, page, mark."""
+    """Between the last checkpoint and the mark of the end: evaluation, export, page, mark."""
     came = _until(start, lambda: start.folder.latest_checkpoint_step() >= NUM_STEPS)
     time.sleep(rng.uniform(0, 2))
     return came and start.running()
@@ -214,7 +229,7 @@ def _resumed(start: Start) -> int:
     return start.folder.latest_checkpoint_step()
 
 
-MOMENTS: dict[str, Moment] = {one.__name__: one for one in (starting, stepping, saving, syncing, ending)}
+MOMENTS: dict[str, Moment] = {one.__name__: one for one in (starting, stepping, saving, syncing, evaluating, ending)}
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -336,8 +351,8 @@ _KEEPER: Callable[[Start], list[int]] = lambda start: start.named("launch.keeper
 _TORCHRUN: Callable[[Start], list[int]] = lambda start: start.named("torch.distributed.run")  # noqa: E731
 _ROLES: Callable[[Start], list[int]] = lambda start: start.named("launch.roles student-server")  # noqa: E731
 _HELPERS: Callable[[Start], list[int]] = lambda start: start.named("multiprocessing")  # noqa: E731
-_ANY = ("starting", "stepping", "saving", "syncing", "ending")
-_LATE = ("stepping", "saving", "syncing")
+_ANY = ("starting", "stepping", "saving", "syncing", "evaluating", "ending")
+_LATE = ("stepping", "saving", "syncing", "evaluating")
 
 CLOCK = "clock set by an hour"
 
