@@ -40,6 +40,7 @@ def test_sglang_knows_what_is_refused_and_nothing_else() -> None:
     ("flag", "why"),
     [
         ("--optimizer=sgd", "could not be resumed"),
+        ("--cuda-graph-impl=full_iteration", "a graph would not call"),
         ("--async-save", "nobody watches Megatron's process"),
         ("--lr_warmup_fraction=0.1", "optimizer.warmup_frac"),
         ("adam-eps=1", "is no flag"),

@@ -65,6 +65,7 @@ _RUN = {
     "eval-iters": "what happens between two steps hangs on it",
     "full-validation": "what happens between two steps hangs on it",
     "multiple-validation-sets": "what happens between two steps hangs on it",
+    "cuda-graph-impl=full_iteration": "what comes before a step hangs on Megatron's schedule, which a graph would not call",
     "rerun-mode": "a replayed step would ask the servers again",
     "exit-signal-handler": "a stopped run saves by it",
     "save": "checkpoints are in the run folder",
