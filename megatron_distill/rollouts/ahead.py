@@ -126,7 +126,7 @@ class Ahead:
                 if future.done():
                     raise  # the source's own
                 if self._must_stop():
-                    raise StopRequested("stopping: the step is left unsampled, and a checkpoint is written") from None
+                    raise StopRequested("told to end: the step is left undrawn") from None
 
     def close(self) -> None:
         """End the threads and the source."""
