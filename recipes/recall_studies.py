@@ -30,7 +30,7 @@ from megatron_distill.recipes.recall import (
 
 from megatron_distill.study.design import Arm, Comparison, Group, Question, Study, StudyFigure
 
-SEEDS = (1, 2, 3, 4, 5)
+SEEDS = (11, 12, 13, 14, 15)
 _SCOPE = (
     "A student of 0.06 million parameters that is wrong about many facts learns look-ups from a teacher of 0.23 million that "
     "hesitates, the more the longer it has; responses take about 25 tokens, at most 160. The task is built so that loops feed "
