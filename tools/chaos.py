@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megatron_distill.errors import CheckpointError
 from megatron_distill.launch import processes
 from megatron_distill.runs.run_folder import HELDOUT, RunFolder, append, read_lines
 
@@ -189,7 +190,7 @@ def saving(start: Start, rng: random.Random) -> bool:
     def is_saving() -> bool:
         present = folder.checkpoints.glob("iter_*")
         written = [int(path.name[5:]) for path in present if path.stat().st_mtime > start.at]
-        return max(written, default=0) > max(resumed, folder.latest_checkpoint_step())
+        return max(written, default=0) > max(resumed, _saved(folder))
 
     came = _until(start, is_saving)
     time.sleep(rng.uniform(0, 0.05))
@@ -209,7 +210,7 @@ def evaluating(start: Start, rng: random.Random) -> bool:
     folder, resumed = start.folder, _resumed(start)
 
     def is_evaluating() -> bool:
-        step = folder.latest_checkpoint_step()
+        step = _saved(folder)
         is_due = step % EVALUATED_EVERY_STEPS == 0 or step == NUM_STEPS
         return step > resumed and is_due and not folder.evaluation(HELDOUT, step).exists()
 
@@ -220,13 +221,20 @@ def evaluating(start: Start, rng: random.Random) -> bool:
 
 def ending(start: Start, rng: random.Random) -> bool:
     """Between the last checkpoint and the mark of the end: evaluation, export, page, mark."""
-    came = _until(start, lambda: start.folder.latest_checkpoint_step() >= NUM_STEPS)
+    came = _until(start, lambda: _saved(start.folder) >= NUM_STEPS)
     time.sleep(rng.uniform(0, 2))
     return came and start.running()
 
 
 def _resumed(start: Start) -> int:
-    return start.folder.latest_checkpoint_step()
+    return _saved(start.folder)
+
+
+def _saved(folder: RunFolder) -> int:
+    """The step of the last checkpoint; 0 while Megatron writes the number, which it does in place."""
+    with contextlib.suppress(CheckpointError):
+        return folder.latest_checkpoint_step()
+    return 0
 
 
 MOMENTS: dict[str, Moment] = {one.__name__: one for one in (starting, stepping, saving, syncing, evaluating, ending)}
