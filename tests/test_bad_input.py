@@ -1,6 +1,7 @@
 """Hostile values through the real command line, in process: refused in one message, never a traceback, a hang or a process."""
 
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -15,17 +16,30 @@ from safetensors.torch import load_file, save_file
 from megatron_distill import config as config_module
 from megatron_distill.cli.main import main
 from megatron_distill.config import RunConfig, walk
-from megatron_distill.runs.run_folder import RunFolder
+from megatron_distill.runs.run_folder import RunFolder, append
 
 FIELDS = sorted(where for where, _, _ in walk(RunConfig()))
-NUMBERS = ("NaN", "Infinity", "-Infinity", "-1", "-16", "1e308", "-1e308", "1e12", "1000000000000", "0.5", "9" * 5000)
-SHAPES = ("null", "true", '""', "[]", "[null]", "{}", "[[1]]", '{"points": []}', '{"points": [["a", 1]]}', "[" * 3000)
+NUMBERS = ("NaN", "Infinity", "-Infinity", "-1", "-16", "1e308", "-1e308", "1e12", "1000000000000", "0.5")
+HUGE = ("9" * 400, "9" * 5000)  # larger than a float can be; longer than Python reads
+SHAPES = ("null", "true", '""', "[]", "[null]", "{}", "[[1]]", "[" * 3000, '{"a": 1, "a": 2}')
+SCHEDULES = (
+    '{"points": []}',
+    '{"points": [["a", 1]]}',
+    '{"points": [[0, 0.5], [1, NaN]], "interpolate": true}',
+    '{"points": [[0, true]]}',
+    '{"points": [[0, "1"]]}',
+    '{"points": [[0, 0.5], [%s, 1]]}' % ("9" * 400),
+    '{"points": [[0, 0.5], [1e12, 1]]}',
+    '{"points": [[0, %s]]}' % ("9" * 400),
+    '{"points": [[0, 1]], "points": [[0, 0.5]]}',
+)
 TEXTS = (
     '"\\ud800"',
     '"a\\u0000b"',
     '"../../x"',
     '"$(touch owned)"',
     '"a\\nb"',
+    '"\\u202egpj.x"',
     '"' + "x" * 5000 + '"',
     "no such thing",
 )
@@ -63,7 +77,7 @@ def memory_gib() -> float:
 )
 @given(
     field=st.sampled_from(FIELDS),
-    value=st.sampled_from((*NUMBERS, *SHAPES, *TEXTS)),
+    value=st.sampled_from((*NUMBERS, *HUGE, *SHAPES, *SCHEDULES, *TEXTS)),
     command=st.sampled_from(tuple(COMMANDS)),
 )
 def test_no_value_of_any_field_is_more_than_a_message(
@@ -110,6 +124,10 @@ def test_no_value_of_any_field_is_more_than_a_message(
         "name=",
         "name=$(touch owned)",
         "num_steps=2.5",
+        "optimizer.lr=" + HUGE[0],
+        "distill.reverse_kl_weight=" + HUGE[0],
+        *(f"distill.reverse_kl_weight={schedule}" for schedule in SCHEDULES),
+        "rollouts.student_prefix_frac=" + SCHEDULES[2],
     ],
 )
 def test_known_bad_values_are_refused(override: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +199,12 @@ def test_a_broken_profile_is_one_message(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(
     "records",
-    ["[]\n", "null\n", '{"step": "x"}\n', '{"step": 1, "loss": []}\n', '{"step": 1}\n{"step": 1}\n', "\xff\n"],
+    [
+        *("[]\n", "null\n", '{"step": "x"}\n', '{"step": 1, "loss": []}\n', '{"step": 1}\n{"step": 1}\n', "\xff\n"),
+        '{"step": 1, "loss": []}\n{"step": 2, "loss": 1}\n',
+        f'{{"step": {HUGE[0]}, "loss": {HUGE[0]}}}\n',
+        '{"step": 1e999, "loss": NaN}\n',
+    ],
 )
 def test_records_of_another_shape_are_one_message(
     records: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -212,3 +235,118 @@ def test_plan_holds_the_layout_to_the_model(capsys: pytest.CaptureFixture[str]) 
     """The same rule as for a run."""
     assert main(["plan", "tiny.quickstart", "student.parallel.tp=3"]) == 1
     assert "attention heads" in capsys.readouterr().err
+
+
+def put(place: Path, kind: str) -> None:
+    """Something else in the place of a file: what waits, never ends, leads nowhere, or is no record."""
+    place.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "device":
+        place.symlink_to("/dev/zero")
+    elif kind == "circle":
+        place.symlink_to(place.name)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.write_text(TEXTS_OF_FILES[kind])
+
+
+TEXTS_OF_FILES = {
+    "empty": "",
+    "list": "[]\n",
+    "other": '{"step": 1}\n',
+    "deep": "[" * 100_000 + "\n",
+    "digits": f'{{"step": {HUGE[1]}}}\n',
+}
+ODD_FILES = ("pipe", "device", "circle")
+KINDS = (*ODD_FILES, "folder", *TEXTS_OF_FILES)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *command: str | Path) -> str:
+    """What a command says that refuses, in one message."""
+    code = main(list(map(str, command)))
+    told = capsys.readouterr().err
+    assert code == 1 and "Traceback" not in told and len(told) < 2000, told
+    return told
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_data_that_is_no_file_is_not_waited_for(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pipe that nobody writes to, a device without end, a link in a circle: named for what it is."""
+    data = tmp_path / "odd.jsonl"
+    put(data, kind)
+    why = "leads nowhere" if kind == "circle" else "a pipe or a device"
+    for command in (["train", "tiny.quickstart", "--dry-run"], ["show", "tiny.quickstart"]):
+        assert why in refused(capsys, *command, f"data.train_path={data}")
+    model = MODELS / "student"
+    places = ["--student", model, "--teacher", MODELS / "teacher", "--heldout", MODELS / "heldout.jsonl"]
+    assert why in refused(capsys, "new", tmp_path / "mine.py", *places, "--train", data)
+    assert not (tmp_path / "mine.py").exists()
+
+
+def test_rows_that_no_file_has_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More than Python counts, and none at all."""
+    for rows in ("[99999999999999999999999:]", "[:99999999999999999999999]", "[5:2]"):
+        assert rows in refused(
+            capsys, "train", "tiny.quickstart", "--dry-run", f"data.train_path={MODELS / 'train.jsonl'}{rows}"
+        )
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_odd_files_is_one_message(
+    name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever stands in the place of a model's file: the model is named, nothing is waited for."""
+    model = tmp_path / "student"
+    shutil.copytree(MODELS / "student", model)
+    put(model / name, kind)
+    place = f"student.path={model}"
+    told = refused(capsys, "train", "tiny.quickstart", "--dry-run", "--run-dir", tmp_path / "run", place)
+    assert str(model) in told
+    if name == "config.json":
+        for command in (["plan", "tiny.quickstart", place], ["convert", "inspect", model], ["eval", model]):
+            told = refused(capsys, *command)
+            assert str(model) in told or "--problems = none" in told
+    if name == "tokenizer.json":
+        assert str(model) in refused(capsys, "show", "tiny.quickstart", place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "samples.jsonl", "eval/step_000001.json"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_odd_files_is_one_message(
+    name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever stands in the place of a run's record: a page is written, or the file is named."""
+    sound, odd = RunFolder(tmp_path / "sound"), RunFolder(tmp_path / "odd")
+    for folder in (sound, odd):
+        folder.create()
+        config_module.save(RunConfig(), folder.config)
+        append(folder.metrics, {"step": 1.0, "loss": 1.0})
+    put(odd.root / name, kind)
+    for command in (["report", odd.root], ["compare", sound.root, odd.root, "--out", tmp_path / "page.html"]):
+        code = main(list(map(str, command)))
+        told = capsys.readouterr().err
+        assert "Traceback" not in told and (code == 0 or odd.root.name in told)
+    if name == "config.json":
+        for command in (["export", odd.root, "--out", tmp_path / "out"], ["fork", odd.root, "name=other"]):
+            refused(capsys, *command)
+
+
+def test_a_run_folder_lies_in_no_other_and_behind_no_broken_link(
+    folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run deletes parts of its folder, such as sync/; a link in a circle can be no folder. Neither passes a dry run."""
+    circle, door = tmp_path / "circle", tmp_path / "door"
+    circle.symlink_to("circle")
+    door.symlink_to(folder.root / "logs")
+    for place, why in {
+        folder.sync / "v1": "another run",
+        folder.root / "a" / "b": "another run",
+        door / "inner": "another run",
+        circle: "leads nowhere",
+        circle / "inner": "leads nowhere",
+    }.items():
+        assert why in refused(capsys, "train", "tiny.quickstart", "--dry-run", "--run-dir", place)

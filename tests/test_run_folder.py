@@ -253,10 +253,9 @@ def test_another_machine_sees_the_lock_where_locks_stay_local(tmp_path: Path, mo
     (tmp_path / "lock" / "holder.json").write_text(json.dumps(record))
     with RunLock(tmp_path):  # nobody raised the count
         pass
-    code = "import json, sys, itertools, time\nfor n in itertools.count():\n"
-    code += (
-        " open(sys.argv[1], 'w').write(json.dumps({'host': 'elsewhere', 'pid': 1, 'command': 'train', 'beat': n}))\n"
-    )
+    code = "import itertools, sys, time; from pathlib import Path; from megatron_distill.runs.run_folder import write_json\n"
+    code += "for n in itertools.count():\n"
+    code += " write_json(Path(sys.argv[1]), {'host': 'elsewhere', 'pid': 1, 'command': 'train', 'beat': n})\n"
     code += " print(n, flush=True); time.sleep(0.05)"
     beating = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "lock" / "holder.json")], stdout=subprocess.PIPE, text=True

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_distill.config.curricula import EntropyGated, FixedHorizon, Ladder, Progressive
+from megatron_distill.config.json_files import parsed, text_of, without_duplicates
 from megatron_distill.config.loading import absolute_name
 from megatron_distill.config.rules import problems_of
 from megatron_distill.config.schedules import Schedule, constant
@@ -89,12 +90,12 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], check_rules: boo
             child = node.setdefault(section, {})
             node = child if isinstance(child, dict) else node.setdefault(f"{section}.{leaf}", {})
         try:
-            node[leaf] = json.loads(text)
+            node[leaf] = parsed(text, without_duplicates)
         except json.JSONDecodeError:
             node[leaf] = text
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ConfigError(
-                f"override = {override[:80]!r}: its value cannot be read ({error}). Write a shorter one."
+                f"override = {override[:80]!r}: its value cannot be read ({error}). Write it anew."
             ) from error
     return from_dict(data, check_rules)
 
@@ -111,10 +112,12 @@ def load(path: Path) -> RunConfig:
         ConfigError: if the file is missing, is no JSON, or does not hold a sound config.
     """
     try:
-        data = json.loads(path.read_text())
+        data = parsed(text_of(path), without_duplicates)
     except FileNotFoundError as error:
         raise ConfigError(f"config = {path}: no such file. Name a run folder of `megatron-distill train`.") from error
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
+    except OSError as error:
+        raise ConfigError(f"config = {path}: cannot be read ({error.strerror}). Name a file that can.") from error
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ConfigError(f"config = {path}: not JSON ({error}). Restore the file, or start a new run.") from error
     return from_dict(data)
 
@@ -257,7 +260,11 @@ def _coerce(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
             problems.append(f"{where} = {value!r}: {_WRITABLE}")
         return dict(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            problems.append(f"{where} = {str(value)[:20]}...: is larger than a float can be. Type a smaller number.")
+            return 0.0
     if type(value) is not kind:
         hint = f" Type {value.lower()}." if kind is bool and str(value).lower() in ("true", "false") else ""
         problems.append(f"{where} = {value!r}: must be of type {kind.__name__}, not {type(value).__name__}.{hint}")

@@ -54,23 +54,32 @@ class Schedule:
         if isinstance(value, Schedule):
             return value
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return constant(value)
+            return constant(_as_float(value))
         if not isinstance(value, Mapping) or not set(value) <= {"points", "interpolate"} or "points" not in value:
             raise ValueError('must be a number, or {"points": [[step, value], ...], "interpolate": true|false}')
         try:
-            points = tuple((int(step), float(number)) for step, number in value["points"])
-            whole = all(step == given for (step, _), (given, _) in zip(points, value["points"], strict=True))
+            given = [(_as_float(step), _as_float(number)) for step, number in value["points"]]
+            points = tuple((int(step), number) for step, number in given)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError("points must be a list of [step, value] pairs of finite numbers") from error
-        if not whole:
-            raise ValueError("steps must be whole numbers")
         steps = [step for step, _ in points]
-        if not points or steps[0] != 0 or any(a >= b for a, b in itertools.pairwise(steps)):
-            raise ValueError("points must start at step 0 and rise in step")
+        if steps != [step for step, _ in given]:
+            raise ValueError("steps must be whole numbers")
+        if not points or steps[0] != 0 or any(a >= b for a, b in itertools.pairwise(steps)) or steps[-1] >= 1 << 31:
+            raise ValueError("points must start at step 0 and rise in step, to 2147483647 at most")
         interpolate = value.get("interpolate", False)
         if not isinstance(interpolate, bool):
             raise ValueError("interpolate must be true or false")
         return cls(points, interpolate)
+
+
+def _as_float(value: Any) -> float:
+    if isinstance(value, bool | str):  # which Python would take for numbers
+        raise ValueError("must be a number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError("must be a number that is not larger than a float can be") from error
 
 
 def constant(value: float) -> Schedule:

@@ -6,7 +6,6 @@ could prevent.
 """
 
 import io
-import json
 import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import BinaryIO
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from megatron_distill.config.json_files import json_of
 from megatron_distill.convert.metadata_pickle import read_metadata
 from megatron_distill.errors import CheckpointError
 
@@ -24,7 +24,7 @@ _THREADS = 8  # zlib's checksum runs outside Python's lock
 def damage_of(directory: Path) -> str:
     """What is wrong with the checkpoint in ``directory``: its first damaged file and how; empty if it is whole."""
     try:
-        description = json.loads((directory / "metadata.json").read_text(encoding="utf-8"))
+        description = json_of(directory / "metadata.json")
         if description.get("sharded_backend") != "torch_dist":
             return f"{directory / 'metadata.json'}: names no torch_dist checkpoint"
         metadata = read_metadata(directory)

@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_distill.config.json_files import json_of
 from megatron_distill.errors import CheckpointError, DistillError
 from megatron_distill.models.families import hf_shapes
 from megatron_distill.models.hf_config import HfConfig
@@ -82,7 +83,7 @@ class HfDirectory:
         index = self.path / INDEX
         if index.exists():
             try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                names = sorted(set(json_of(index)["weight_map"].values()))
                 if not all(isinstance(name, str) and Path(name).name == name for name in names):
                     raise ValueError("a weight file that is none beside it")
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -103,6 +104,8 @@ class HfDirectory:
 
     def _open(self, file: Path) -> None:
         try:
+            if not file.is_file():
+                raise OSError("is no regular file")
             handle = safe_open(file, framework="pt")
             entries = [(name, handle.get_slice(name)) for name in handle.keys()]  # noqa: SIM118
         except (SafetensorError, OSError) as error:
@@ -189,7 +192,7 @@ def check_free_space(target: Path, num_bytes: int) -> None:
     """Refuse to start a write that the disk cannot hold.
 
     Raises:
-        CheckpointError: with what is needed and what is free, in GiB.
+        CheckpointError: with what is needed and what is free.
     """
     folder = target.absolute()
     while not folder.exists():
@@ -197,9 +200,13 @@ def check_free_space(target: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise CheckpointError(
-            f"{target}: needs {num_bytes / GIB:.2f} GiB, but {folder} has {free / GIB:.2f} GiB free. A half-written "
+            f"{target}: needs {_size(num_bytes)}, but {folder} has {_size(free)} free. A half-written "
             "model is worse than none. Free some space, or write elsewhere."
         )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / (1 << 20):.1f} MiB"
 
 
 @contextmanager

@@ -70,6 +70,8 @@ def read_metadata(directory: Path) -> Metadata:
     """
     path = directory / ".metadata"
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("is no regular file")  # a pipe would be waited for
         metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
         if not isinstance(metadata, Metadata):
             raise TypeError(f"holds a {type(metadata).__name__}")

@@ -5,7 +5,6 @@ a JSON file. What was written so far is kept in ``OUT.partial/`` until that file
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from megatron_distill import config as config_module
 from megatron_distill.config import SERVER_RESERVED_TOKENS, SERVING_DTYPES, DataConfig, EvalConfig, RunConfig
+from megatron_distill.config.json_files import json_of
 from megatron_distill.convert.export import check_whole, checkpoint_of
 from megatron_distill.convert.hf_files import HfDirectory
 from megatron_distill.convert.offline import megatron_to_hf
@@ -291,7 +291,7 @@ def is_run_folder(path: Path) -> bool:
         return True
     config = path / "config.json"
     try:
-        fields = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        fields = json_of(config) if config.exists() else {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{config}: cannot be read ({error}). Copy it again, or name another model.") from error
     return isinstance(fields, dict) and "num_steps" in fields and "model_type" not in fields

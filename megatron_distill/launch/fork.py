@@ -16,7 +16,7 @@ from megatron_distill.launch import preflight
 from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.runs import marks
 from megatron_distill.runs.checkpoints import directory_of
-from megatron_distill.runs.run_folder import RunFolder, write_json
+from megatron_distill.runs.run_folder import RunFolder, has_records, write_json
 
 _SAME = ("student.dtype", "student.distributed_optimizer")  # in which the optimizer's state is laid down
 
@@ -55,7 +55,7 @@ def fork(source: RunFolder, step: int | None, config: RunConfig, target: RunFold
     partial.checkpoint_tracker.write_text(str(step))
     same_curriculum = before.curriculum == config.curriculum
     for path in (source.metrics, source.samples, *([source.curriculum] if same_curriculum else [])):
-        if path.exists():
+        if has_records(path):
             shutil.copyfile(path, partial.root / path.name)
     if source.evals.exists():
         shutil.copytree(source.evals, partial.evals, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.log"))

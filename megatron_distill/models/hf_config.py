@@ -10,12 +10,12 @@ Both spellings of rotary settings are read: ``rope_theta`` + ``rope_scaling`` (t
 Names to know: ``HfConfig.from_dir``, ``HfConfig.from_dict``, ``Rope``.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_distill.config.json_files import json_of
 from megatron_distill.errors import CheckpointError
 
 VOCAB_DIVISOR = 128  # megatron.training's own default for --make-vocab-size-divisible-by
@@ -73,13 +73,13 @@ class HfConfig:
         """
         file = Path(path) / "config.json"
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
+            raw = json_of(file)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{file}: no such file, so this is not a Hugging Face model directory. Give the folder that holds "
                 "config.json and *.safetensors."
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{file}: not valid JSON ({error}). Download the model again.") from error
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error.strerror}). Name a directory that can.") from error

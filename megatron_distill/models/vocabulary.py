@@ -93,9 +93,13 @@ def _tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        for file in Path(path).glob("*"):
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                raise OSError(f"{file.name} is a pipe or a device")  # which would be waited for, or read without end
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files of another shape make transformers raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise DataError(
-            f"{path}: holds no tokenizer that transformers can read ({str(error).splitlines()[0]}). Prompts are encoded "
-            "with it. Copy tokenizer.json and tokenizer_config.json into the directory."
+            f"{path}: holds no tokenizer that transformers can read ({reason}). Prompts are encoded with it. Copy "
+            "tokenizer.json and tokenizer_config.json into the directory."
         ) from error

@@ -45,8 +45,8 @@ class RunRecord:
     failure: str
 
     def column(self, metric: str) -> Floats:
-        """[N] values of a metric over the recorded steps, nan where it was not measured."""
-        return np.array([record.get(metric, np.nan) for record in self.steps], float)
+        """[N] values of a metric over the recorded steps, nan where it was not measured, or is no number."""
+        return np.array([_number(record.get(metric)) for record in self.steps], float)
 
     def has(self, metric: str) -> bool:
         """Whether any step measured the metric."""
@@ -67,6 +67,18 @@ class RunRecord:
         return Series(label, values("step"), values(key), "points", low, high)
 
 
+def _is_sample(record: Mapping[str, Any]) -> bool:
+    texts = ("written_by", "stop_reason", "answer", "prompt", "response")
+    return isinstance(record.get("step"), int | float) and all(isinstance(record.get(name), str) for name in texts)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return float("nan")
+
+
 def read_run(folder: RunFolder) -> RunRecord:
     """Read a run folder.
 
@@ -79,10 +91,7 @@ def read_run(folder: RunFolder) -> RunRecord:
         raise DataError(f"{where}: no such folder. {remedy}")
     if not folder.config.exists():
         raise DataError(f"{where}: has no {folder.config.name}, so it is not a run folder. {remedy}")
-    try:
-        config, evaluations = read_json(folder.config), folder.evaluations()
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: a file in it is not JSON ({error}). Start the run again to rewrite it.") from error
+    config, evaluations = read_json(folder.config), folder.evaluations()
     steps = folder.steps()
     failure = folder.first_failure()
     if not steps and not evaluations:
@@ -94,7 +103,7 @@ def read_run(folder: RunFolder) -> RunRecord:
         steps=steps,
         evaluations=evaluations,
         decisions=valid_records(read_lines(folder.curriculum)),
-        samples=list(read_lines(folder.samples)),
+        samples=[record for record in read_lines(folder.samples) if _is_sample(record)],
         is_finished=folder.finished.exists(),
         failure=failure["message"] if failure else "",
     )

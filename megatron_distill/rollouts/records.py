@@ -18,11 +18,13 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_distill.config.json_files import without_duplicates
 from megatron_distill.errors import DataError
 from megatron_distill.models import hub
 
@@ -85,6 +87,8 @@ def read_records(text: str) -> Iterator[tuple[str, Record | BadRow]]:
         DataError: there is no such place, or it cannot be read at all.
     """
     place = parse_place(text)
+    if max(place.first, place.end or 0) > sys.maxsize:
+        raise DataError(f"{text[:200]}: no file has so many rows. Name fewer, or drop the brackets.")
     return itertools.islice(_records(place), place.first, place.end)
 
 
@@ -105,6 +109,10 @@ def _records(place: Place) -> Iterator[tuple[str, Record | BadRow]]:
     path = Path(place.path)
     if path.is_dir():
         return _of_directory(path, place)
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path} = a link that leads nowhere: must be a file or a directory. Mend the link.")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} = a pipe or a device: is read more than once. Write it to a file, and name that.")
     if not path.is_file():
         raise DataError(
             f"{path} = missing: no such file or directory. Check the path, and that it is visible here."
@@ -176,7 +184,7 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_number)
+_DECODER = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=without_duplicates)
 
 
 def _as_record(where: str, value: Any, remedy: str) -> Record | BadRow:

@@ -4,11 +4,11 @@ In: the JSON lines that the run's processes append. Out: calls on a ``Tracker``.
 that whatever follows it cannot hurt it, and can start late, end early, or begin again.
 """
 
-import json
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_distill.config.json_files import parsed
 from megatron_distill.runs.metrics import BY_NAME
 from megatron_distill.runs.run_folder import HELDOUT, RunFolder
 
@@ -52,15 +52,16 @@ class Lines:
             data = self._rest + file.read()
             self._position = file.tell()
         *lines, self._rest = data.split(b"\n")
-        return [record for line in lines if line and (record := _record(line)) is not None]
+        return [record for line in lines if line and (record := record_of(line)) is not None]
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def record_of(line: bytes) -> dict[str, Any] | None:
     """A line's record; None for one that a crash or a shared disk has garbled."""
     try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError):
+        value = parsed(line)
+    except ValueError:
         return None
+    return value if isinstance(value, dict) else None
 
 
 class EventLines:

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_distill.config.json_files import json_of
 from megatron_distill.errors import DistillError
 
 MARK = ".megatron-distill.json"
@@ -27,7 +28,7 @@ _SHOWN = 4
 def kind_of(directory: Path) -> str:
     """What kind of directory of ours it is; empty if it bears no mark."""
     try:
-        mark = json.loads((directory / MARK).read_text(encoding="utf-8"))
+        mark = json_of(directory / MARK)
     except (OSError, ValueError):
         return ""
     return str(mark.get("kind", "")) if isinstance(mark, dict) else ""
@@ -46,6 +47,11 @@ def check_claim(directory: Path, kind: Kind, where: str) -> None:
     """
     told = f"{where} = {directory}"
     try:
+        around = Path(os.path.realpath(directory)).parents if kind == "run" else ()
+        if outer := next((one for one in around if kind_of(one) == "run"), None):
+            raise DistillError(
+                f"{told}: lies in {outer}, which another run deletes parts of. Name a folder outside of it."
+            )
         if not directory.exists():
             _check_parent(directory, told)
             return
@@ -67,9 +73,13 @@ def check_claim(directory: Path, kind: Kind, where: str) -> None:
 
 
 def _check_parent(directory: Path, told: str) -> None:
-    ancestor = directory.parent
-    while not ancestor.exists() and ancestor != ancestor.parent:
-        ancestor = ancestor.parent
+    for ancestor in (directory, *directory.parents):
+        if ancestor.is_symlink() and not ancestor.exists():
+            raise DistillError(
+                f"{told}: {ancestor} is a link that leads nowhere. Name another folder, or mend the link."
+            )
+        if ancestor != directory and ancestor.exists():
+            break
     if not ancestor.is_dir():
         raise DistillError(f"{told}: {ancestor} is a file. Name a folder below a folder.")
     if not os.access(ancestor, os.W_OK | os.X_OK):
@@ -119,7 +129,7 @@ def check_replaceable(directory: Path, where: str) -> None:
         return
     ours: set[str] = set()
     if kind_of(directory) == "model":
-        ours = {MARK, *json.loads((directory / MARK).read_text(encoding="utf-8")).get("files", [])}
+        ours = {MARK, *json_of(directory / MARK).get("files", [])}
     foreign = sorted(present - ours)
     if foreign:
         raise DistillError(

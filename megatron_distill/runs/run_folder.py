@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_distill.config.json_files import json_of, parsed
 from megatron_distill.errors import CheckpointError, DataError
 from megatron_distill.runs import marks
 
@@ -211,9 +212,10 @@ class RunFolder:
         by_step = {}
         for number, record in enumerate(read_lines(self.metrics), 1):
             step = record.get("step")
-            if not isinstance(step, int | float):
+            if not (isinstance(step, int | float) and 0 <= step < 1 << 31):
                 raise DataError(
-                    f"{self.metrics}:{number}: step = {step!r}: must be a number. Delete the line, or start a new run."
+                    f"{self.metrics}:{number}: step = {str(step)[:40]}: must be the number of a step. Delete the line, or "
+                    "start a new run."
                 )
             by_step[step] = record
         return [by_step[step] for step in sorted(by_step)]
@@ -221,7 +223,7 @@ class RunFolder:
     def evaluations(self, name: str = HELDOUT) -> list[dict[str, Any]]:
         """Summaries of every evaluation of the run on a set of problems, in step order."""
         folder = self.evals if name == HELDOUT else self.evals / name
-        return [read_json(path)["summary"] for path in sorted(folder.glob("step_*.json"))]
+        return [_summary_of(path) for path in sorted(folder.glob("step_*.json"))]
 
     def evaluated_sets(self) -> list[str]:
         """Names of the sets of problems that the run was evaluated on, the held-out one first."""
@@ -244,7 +246,7 @@ class RunFolder:
         """
         if not self.checkpoint_tracker.exists():
             return 0
-        text = self.checkpoint_tracker.read_text(errors="replace").strip()
+        text = self.checkpoint_tracker.read_text(errors="replace").strip() if self.checkpoint_tracker.is_file() else ""
         if not (text.isascii() and text.isdigit()):
             present = sorted(path.name for path in self.checkpoints.glob("iter_*"))
             raise CheckpointError(
@@ -253,6 +255,13 @@ class RunFolder:
                 f"({', '.join(present) or 'there is none: delete the file'})."
             )
         return int(text)
+
+
+def _summary_of(evaluation: Path) -> dict[str, Any]:
+    summary = read_json(evaluation).get("summary")
+    if not isinstance(summary, dict):
+        raise DataError(f"{evaluation}: holds no summary, so it is no evaluation. Move it away.")
+    return summary
 
 
 def kept_id(folder: RunFolder, name: str) -> str:
@@ -285,7 +294,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite a JSONL file with the wanted records, in place of the old one at once; broken lines are dropped."""
-    if not path.exists():
+    if not has_records(path):
         return
     before = path.read_bytes()
     kept = b"".join(line for line in before.splitlines(keepends=True) if _holds(line, wanted))
@@ -297,10 +306,21 @@ def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
 
 def _holds(line: bytes, wanted: Callable[[dict[str, Any]], bool]) -> bool:
     try:
-        record = json.loads(line) if line.endswith(b"\n") else None
+        record = parsed(line) if line.endswith(b"\n") else None
     except ValueError:
         return False
     return isinstance(record, dict) and wanted(record)
+
+
+def has_records(path: Path) -> bool:
+    """Whether there is a file of records.
+
+    Raises:
+        DataError: there is something else, which a reader may wait for in vain.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is no regular file. Move it away.")
+    return path.exists()
 
 
 def _is_failure(path: Path) -> bool:
@@ -308,7 +328,7 @@ def _is_failure(path: Path) -> bool:
         record = read_json(path)
     except (OSError, ValueError):
         return False
-    return isinstance(record, dict) and {"time", "role", "message"} <= record.keys()
+    return {"time", "role", "message"} <= record.keys()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -317,14 +337,14 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         DataError: naming file and line of a broken record.
     """
-    if not path.exists():
+    if not has_records(path):
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
             try:
-                record = json.loads(line)
+                record = parsed(line)
             except ValueError as error:  # broken JSON, or no UTF-8
                 raise DataError(f"{path}:{number}: not JSON ({error}). Delete the line, or start a new run.") from error
             if not isinstance(record, dict):
@@ -339,9 +359,22 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def read_json(path: Path) -> Any:
-    """Read one JSON file."""
-    return json.loads(path.read_text())
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one file of ours, which holds one object.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: it cannot be read, or holds something else.
+    """
+    try:
+        value = json_of(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}). Put it back from a copy, or start a new run.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: holds no object. Put it back from a copy, or start a new run.")
+    return value
 
 
 def nan_to_none(value: Any) -> Any:

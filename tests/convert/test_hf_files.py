@@ -183,6 +183,9 @@ def test_too_little_space_is_refused_before_the_first_byte(tmp_path: Path, monke
     check_free_space(tmp_path / "new", 1 << 29)
     with pytest.raises(CheckpointError, match=r"needs 2\.00 GiB, but .* has 1\.00 GiB free"):
         check_free_space(tmp_path / "new", 2 << 30)
+    usage = namedtuple("usage", "total used free")(10 << 20, 10 << 20, 1 << 19)
+    with pytest.raises(CheckpointError, match=r"needs 2\.0 MiB, but .* has 0\.5 MiB free"):
+        check_free_space(tmp_path / "new", 2 << 20)
 
 
 def test_companions_travel_and_weights_do_not(tmp_path: Path) -> None:
