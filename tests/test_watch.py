@@ -3,7 +3,6 @@
 import http.client
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +16,7 @@ from megatron_distill.recipes.tiny import quickstart
 
 from megatron_distill import config as config_module
 from megatron_distill.errors import DataError
-from megatron_distill.pages.watch import processes, serve
+from megatron_distill.pages.watch import LivePage, processes, serve
 from megatron_distill.runs.run_folder import RunFolder, append, write_json
 from megatron_distill.runs.timeline import Timeline
 from tests.support import browser as browser_module
@@ -34,24 +33,26 @@ def folder(folder: RunFolder) -> RunFolder:
 
 
 @pytest.fixture
-def port(folder: RunFolder) -> Iterator[int]:
+def page(folder: RunFolder) -> Iterator[LivePage]:
     server = serve(folder)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield server.server_port
+    yield server
     server.shutdown()
     server.server_close()
 
 
-def get(port: int, path: str, host: str = "127.0.0.1") -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("GET", path, headers={"Host": f"{host}:{port}"})
+def get(url: str, path: str, host: str = "127.0.0.1") -> tuple[int, bytes]:
+    """What is answered below an address, which ends with a slash."""
+    _, _, place, base = url.split("/", 3)
+    connection = http.client.HTTPConnection(place, timeout=60)
+    connection.request("GET", f"/{base}{path}", headers={"Host": place.replace("127.0.0.1", host)})
     reply = connection.getresponse()
     return reply.status, reply.read()
 
 
-def asked(port: int, path: str) -> Any:
-    status, body = get(port, path)
+def asked(page: LivePage, path: str) -> Any:
+    status, body = get(page.url, path)
     assert status == 200
     return json.loads(body)
 
@@ -67,61 +68,80 @@ def record_step(folder: RunFolder, step: int) -> None:
     timeline.add("student", "busy", 2.0)
 
 
-def test_records_are_handed_out_once_and_whole(folder: RunFolder, port: int) -> None:
+def test_records_are_handed_out_once_and_whole(folder: RunFolder, page: LivePage) -> None:
     """From an offset on, whole lines only; a file that was begun anew makes the page begin anew."""
     record_step(folder, 1)
     with folder.metrics.open("a") as file:
         file.write('{"step": 2')
-    first = asked(port, "/records?metrics=0")
+    first = asked(page, "records?metrics=0")
     assert [record["step"] for record in first["metrics"]["records"]] == [1]
     with folder.metrics.open("a") as file:
         file.write("}\n")
     offset = first["metrics"]["offset"]
-    second = asked(port, f"/records?metrics={offset}")
+    second = asked(page, f"records?metrics={offset}")
     assert second["metrics"]["records"] == [{"step": 2}]
     folder.metrics.write_text("")
-    assert asked(port, f"/records?metrics={offset}") == {"restarted": True}
+    assert asked(page, f"records?metrics={offset}") == {"restarted": True}
 
 
-def test_servers_events_are_handed_out_too(folder: RunFolder, port: int) -> None:
+def test_servers_events_are_handed_out_too(folder: RunFolder, page: LivePage) -> None:
     """A server's role writes into a file of its own: that a server was lost is told on the page as on the console."""
     folder.event("trainer", "step 1")
     folder.event("student server 0", "lost: killed by signal 9")
-    first = asked(port, "/records?events=0")
+    first = asked(page, "records?events=0")
     told = {name: [event["text"] for event in part["records"]] for name, part in first.items() if "events" in name}
     assert told == {"events": ["step 1"], "events-student-server-0": ["lost: killed by signal 9"]}
-    again = asked(port, "/records?" + "&".join(f"{name}={part['offset']}" for name, part in first.items()))
+    again = asked(page, "records?" + "&".join(f"{name}={part['offset']}" for name, part in first.items()))
     assert not any(part["records"] for part in again.values())
 
 
-def test_nobody_else_and_nothing_else_is_served(folder: RunFolder, port: int) -> None:
+def test_nobody_else_and_nothing_else_is_served(folder: RunFolder, page: LivePage) -> None:
     """Another host's name (a web site in the reader's browser), other files, other paths: refused."""
     (folder.root / "secret.txt").write_text("secret")
     (folder.logs / "trainer.out").write_text("step 1")
-    assert get(port, "/", host="evil.example")[0] == 403
-    assert get(port, "/run", host="localhost")[0] == 200
-    assert get(port, "/../pyproject.toml")[0] == 404
-    assert asked(port, "/log?name=trainer.out")["text"] == "step 1"
+    assert get(page.url, "", host="evil.example")[0] == 403
+    assert get(page.url, "run", host="localhost")[0] == 200
+    assert get(page.url, "../pyproject.toml")[0] == 404
+    root = page.url.removesuffix(f"{page.key}/")
+    for without_key in ("", "run", "state", "watch.js", "0" * len(page.key) + "/run", f"{page.key}"):
+        assert get(root, without_key)[0] == 403
+    assert asked(page, "log?name=trainer.out")["text"] == "step 1"
     for name in ("../secret.txt", "/etc/passwd", "trainer.out/../../secret.txt"):
-        assert asked(port, f"/log?name={name}")["text"] == ""
+        assert asked(page, f"log?name={name}")["text"] == ""
 
 
-def test_state_tells_how_the_run_stands(folder: RunFolder, port: int) -> None:
+def test_odd_questions_and_records_are_answered(
+    folder: RunFolder, page: LivePage, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A place that is none is told as an error, a record that is none is left out; the terminal stays as it was."""
+    for offset in ("x", "-5", "9" * 5000, "1e3"):
+        assert get(page.url, f"records?metrics={offset}")[0] == 500
+    folder.metrics.write_text('[1]\n{"step": 1\n' + "[" * 100_000 + '\n{"step": 2}\n')
+    assert asked(page, "records?metrics=0")["metrics"]["records"] == [{"step": 2}]
+    (folder.evals / "step_000001.json").write_text("[]")
+    status, told = get(page.url, "state")
+    assert status == 500 and b"step_000001.json" in told
+    assert capfd.readouterr().err == ""
+
+
+def test_state_tells_how_the_run_stands(folder: RunFolder, page: LivePage) -> None:
     """Under way without news, failed with the first cause, finished whatever failed before."""
-    assert asked(port, "/state")["failure"] == ""
+    assert asked(page, "state")["failure"] == ""
     folder.fail("trainer", "out of memory")
-    assert asked(port, "/state")["failure"] == "trainer: out of memory"
+    assert asked(page, "state")["failure"] == "trainer: out of memory"
     write_json(folder.finished, {"step": 8})
-    state = asked(port, "/state")
+    state = asked(page, "state")
     assert state["finished"] and state["failure"] == ""
 
 
-def test_a_folder_of_no_run_and_a_taken_port_are_refused(tmp_path: Path, folder: RunFolder, port: int) -> None:
+def test_a_folder_of_no_run_and_a_taken_port_are_refused(tmp_path: Path, folder: RunFolder, page: LivePage) -> None:
     """Each with what to type."""
     with pytest.raises(DataError, match="runs/NAME"):
         serve(RunFolder(tmp_path / "none"))
     with pytest.raises(DataError, match="free one"):
-        serve(folder, port)
+        serve(folder, page.server_port)
+    with pytest.raises(DataError, match="free one"):
+        serve(folder, 99999999)
 
 
 def test_processes_are_found_by_their_run(folder: RunFolder) -> None:
@@ -147,12 +167,14 @@ def chromium() -> None:
 
 
 @pytest.mark.heavy
-def test_a_browser_follows_the_run_as_it_goes_on(chromium: None, folder: RunFolder, port: int, tmp_path: Path) -> None:
+def test_a_browser_follows_the_run_as_it_goes_on(
+    chromium: None, folder: RunFolder, page: LivePage, tmp_path: Path
+) -> None:
     """Curves grow, the timeline has its rows, tokens are coloured by their gap, logs open, the end shows: no reload."""
     record_step(folder, 1)
     (folder.logs / "trainer.out").write_text("Megatron says hello")
     with Browser(tmp_path / "profile") as browser:
-        browser.open(f"http://127.0.0.1:{port}/")
+        browser.open(page.url)
         browser.wait_for("document.body.dataset.looked === '1'")
         assert "Nothing" not in browser.evaluate("document.getElementById('cards').innerText")
         for step in range(2, 8):
@@ -186,17 +208,13 @@ def test_a_browser_follows_the_run_as_it_goes_on(chromium: None, folder: RunFold
 
 
 def test_the_command_prints_where_to_look_and_ends_on_ctrl_c(folder: RunFolder) -> None:
-    """``megatron-distill watch RUN`` prints one line with the address, answers there, and leaves with Ctrl-C."""
+    """``megatron-distill watch RUN`` prints one line with the address, answers there, and leaves with Ctrl-C, saying so."""
     command = [sys.executable, "-m", "megatron_distill.cli.main", "watch", str(folder.root)]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  tests in the background ignore it
-    ) as process:
-        assert process.stdout is not None
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, start_new_session=True) as process:
+        assert process.stdout is not None and process.stderr is not None
         address = process.stdout.readline().split()[0]
-        assert asked(int(address.rsplit(":", 1)[1]), "/run")["config"]["name"] == "watched"
-        os.killpg(process.pid, signal.SIGINT)
-    assert process.returncode == 0
+        assert json.loads(get(address, "run")[1])["config"]["name"] == "watched"
+        os.killpg(process.pid, 2)
+        assert "the page has ended, the run has not" in process.stderr.read()
+    assert process.returncode == 130

@@ -1,7 +1,6 @@
 """``megatron-distill watch RUN``: a live page of a run, on this machine."""
 
 import argparse
-import contextlib
 from pathlib import Path
 
 from megatron_distill.runs.run_folder import RunFolder
@@ -19,9 +18,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serve until Ctrl-C."""
+    from megatron_distill.launch.signals import Interrupted
     from megatron_distill.pages.watch import serve
 
     server = serve(RunFolder(options.run_dir.absolute()), options.port)
-    print(f"http://127.0.0.1:{server.server_port}  (Ctrl-C ends the page, not the run)", flush=True)
-    with server, contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
+    print(f"{server.url}  (Ctrl-C ends the page, not the run)", flush=True)
+    try:
+        with server:
+            server.serve_forever()
+    except Interrupted as stop:
+        stop.told = "the page has ended, the run has not"
+        raise

@@ -1,25 +1,27 @@
 """A live page of a run, from a small web server on this machine: curves, timeline, samples token by token, processes, logs.
 
-In: the folder of a run that goes on, is over, or has hardly begun. Out: http://127.0.0.1:PORT, until Ctrl-C. It reads the
+In: the folder of a run that goes on, is over, or has hardly begun. Out: http://127.0.0.1:PORT/KEY/, until Ctrl-C. It reads the
 folder and nothing else; the page asks for what was appended since it last asked.
 
     megatron-distill watch runs/NAME [--port 8080]
 
-    GET /                      the page (pages/live/)
+    GET /                      (each below /KEY) the page (pages/live/)
     GET /run                   what does not change while it is looked at: config, metrics and what they mean
     GET /records?metrics=OFFSET&samples=OFFSET&timeline=OFFSET&events=OFFSET&events-ROLE=OFFSET
                                what was appended to each file, and where to go on; a file that is not named: from its start
     GET /state                 finished, failed or under way; processes and logs
     GET /log?name=trainer.out  the end of a log
 
-Only this machine is served: the socket is the loopback's, and a request that names another host is refused (a web site that the
-reader has open could otherwise ask through their browser). Text of models is shown as text.
+Only its reader is served: the socket is the loopback's, which all users of a machine share, so that a key is part of the
+address, new at each start; and a request that names another host is refused (a web site that the reader has open could
+otherwise ask through their browser). Text of models is shown as text.
 """
 
 import contextlib
 import json
 import mimetypes
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -30,6 +32,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from megatron_distill.errors import DataError
+from megatron_distill.runs.follower import record_of
 from megatron_distill.runs.metrics import METRICS
 from megatron_distill.runs.run_folder import RunFolder, read_json
 
@@ -43,8 +46,27 @@ _SECURITY = {
 }
 
 
-def serve(folder: RunFolder, port: int = 0) -> ThreadingHTTPServer:
-    """A server that is bound, and answers once its ``serve_forever`` runs. ``server_port`` is the port; 0 takes a free one.
+class LivePage(ThreadingHTTPServer):
+    """The page's server.
+
+    Attributes:
+        key: without which nothing is answered.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, port: int, handler: type[BaseHTTPRequestHandler], key: str) -> None:
+        super().__init__(("127.0.0.1", port), handler)
+        self.key = key
+
+    @property
+    def url(self) -> str:
+        """Where a browser finds it."""
+        return f"http://127.0.0.1:{self.server_port}/{self.key}/"
+
+
+def serve(folder: RunFolder, port: int = 0) -> LivePage:
+    """A server that is bound, and answers once its ``serve_forever`` runs; port 0 takes a free one.
 
     Raises:
         DataError: there is no such folder, it is not a run's, or the port is taken.
@@ -54,6 +76,8 @@ def serve(folder: RunFolder, port: int = 0) -> ThreadingHTTPServer:
             f"run folder = {folder.root}: has no {folder.config.name}, so it is not a run folder. Name one that "
             "`megatron-distill train` or `launch` wrote, such as runs/NAME."
         )
+    read_json(folder.config)
+    key = secrets.token_hex(16)
     answers: dict[str, Callable[[Mapping[str, str]], Any]] = {
         "/run": lambda query: _run(folder),
         "/records": lambda query: _records(folder, query),
@@ -65,16 +89,23 @@ def serve(folder: RunFolder, port: int = 0) -> ThreadingHTTPServer:
         """Answers one request."""
 
         def do_GET(self) -> None:
-            url = urlsplit(self.path)
-            name = "index.html" if url.path == "/" else url.path.removeprefix("/")
+            shown, path = self.path[: len(key) + 2], self.path[len(key) + 2 :]
+            url = urlsplit(f"/{path}")
+            name = url.path.removeprefix("/") or "index.html"
             if self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost"):
                 self._send(403, b"this page is for this machine only", "text/plain")
+            elif not secrets.compare_digest(shown.encode(), f"/{key}/".encode()):
+                self._send(403, b"open the whole address that the command printed", "text/plain")
             elif name in _PAGE:
                 page = resources.files("megatron_distill.pages") / "live" / name
                 self._send(200, page.read_bytes(), mimetypes.guess_type(name)[0] or "text/plain")
             elif url.path in answers:
-                query = {key: values[-1] for key, values in parse_qs(url.query).items()}
-                self._send(200, json.dumps(answers[url.path](query)).encode(), "application/json")
+                query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+                try:
+                    status, answer = 200, answers[url.path](query)
+                except (OSError, ValueError) as error:  # a made-up question, or a file that is no record
+                    status, answer = 500, str(error)
+                self._send(status, json.dumps(answer).encode(), "application/json")
             else:
                 self._send(404, b"no such page", "text/plain")
 
@@ -92,13 +123,11 @@ def serve(folder: RunFolder, port: int = 0) -> ThreadingHTTPServer:
             """The page asks every second: that is no news."""
 
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except OSError as error:
+        return LivePage(port, Handler, key)
+    except (OSError, OverflowError) as error:
         raise DataError(
             f"--port = {port}: cannot be listened on ({error}). Choose another, or 0 for a free one."
         ) from error
-    server.daemon_threads = True
-    return server
 
 
 def _run(folder: RunFolder) -> dict[str, Any]:
@@ -122,6 +151,8 @@ def _records(folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
     answer: dict[str, Any] = {}
     for name, path in files.items():
         offset = int(query.get(name, "0"))
+        if offset < 0:
+            raise ValueError(f"{name}={offset}: must not be negative")
         size = path.stat().st_size if path.exists() else 0
         if size < offset:
             return {"restarted": True}
@@ -131,7 +162,7 @@ def _records(folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
                 file.seek(offset)
                 data = file.read(_MOST_BYTES)
             data = data[: data.rfind(b"\n") + 1]
-        records = [json.loads(line) for line in data.splitlines() if line]
+        records = [record for line in data.splitlines() if (record := record_of(line)) is not None]
         answer[name] = {"records": records, "offset": offset + len(data)}
     return answer
 

@@ -51,8 +51,8 @@ async function ask(path) {
 
 async function look() {
   try {
-    if (!run) run = await ask("/run");
-    const news = await ask("/records?" + new URLSearchParams(offsets));
+    if (!run) run = await ask("run");
+    const news = await ask("records?" + new URLSearchParams(offsets));
     if (news.restarted) {
       forget();
     } else {
@@ -64,8 +64,8 @@ async function look() {
         offsets[name] = part.offset;
       }
       events.sort((a, b) => a.time - b.time);
-      state = await ask("/state");
-      if (log) byId("log").textContent = (await ask("/log?" + new URLSearchParams({name: log}))).text;
+      state = await ask("state");
+      if (log) byId("log").textContent = (await ask("log?" + new URLSearchParams({name: log}))).text;
     }
     document.body.dataset.looked = String(steps.size);
     draw();
@@ -265,7 +265,7 @@ function drawProcesses() {
     const button = make("button", `${one.name} (${one.bytes < 1e4 ? one.bytes + " B" : Math.round(one.bytes / 1024) + " KiB"})`, {class: one.name === log ? "chosen" : ""});
     button.addEventListener("click", async () => {
       log = one.name;
-      byId("log").textContent = (await ask("/log?" + new URLSearchParams({name: log}))).text;
+      byId("log").textContent = (await ask("log?" + new URLSearchParams({name: log}))).text;
       byId("log").scrollTop = byId("log").scrollHeight;
       drawProcesses();
     });
