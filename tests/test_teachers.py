@@ -136,6 +136,7 @@ def test_a_problem_of_nobodys_and_a_key_that_is_not_there_are_named(
         (["teacher.transport=sglang_urls"], "teacher.urls"),
         (['teacher.urls={"a": "http://a:1"}'], "goes with teacher.transport=sglang_urls"),
         (["teacher.transport=sglang_urls", 'teacher.urls={"a": "a:1"}'], "http://host:port"),
+        (["teacher.transport=sglang_urls", 'teacher.urls={"a": "http://me:hush@a:1"}'], "without a password"),
         (["teacher.transport=sglang_urls", 'teacher.urls={"a": "http://a:1", "b": "http://b:1"}'], "teacher.column"),
         (
             ["teacher.transport=sglang_urls", 'teacher.urls={"a": "http://a:1"}', "teacher.cache_dir=c"],

@@ -139,11 +139,15 @@ def _data_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> No
 def _teacher_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> None:
     """The rules of teachers that run elsewhere, or see another prompt."""
     teacher = config.teacher
-    sound = all(isinstance(url, str) and url.startswith(("http://", "https://")) for url in teacher.urls.values())
+    sound = all(
+        isinstance(url, str) and url.startswith(("http://", "https://")) and "@" not in url
+        for url in teacher.urls.values()
+    )
     rule(
         bool(teacher.urls) == teacher.runs_elsewhere and sound,
         "teacher.urls",
-        'names servers as {"name": "http://host:port"}, and goes with teacher.transport=sglang_urls. Set both, or neither.',
+        'names servers as {"name": "http://host:port"}, without a password, and goes with teacher.transport=sglang_urls. Set '
+        "both, or neither.",
     )
     rule(
         bool(teacher.column) == (len(teacher.urls) > 1),

@@ -22,7 +22,11 @@ _IMAGE = re.compile(r"[A-Za-z0-9._,:/@#+=*-]*")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9._/+=,@:-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
-_SECRET = re.compile(r"token|secret|passw|credential|api_?key", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(?:token|secrets?|passwo?r?d|passphrase|credentials?|api_?key)(?:_|$)|(?:^|_)(?:keys?|pass|pwd|pat)(?:_|$)",
+    re.IGNORECASE,
+)
+_ASSIGNED = re.compile(r"([A-Za-z_]\w*)=")  # a variable or an option, in a line of bash or a directive
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class ClusterProfile:
         container_mounts: "host:container" pairs. The run folder and the models must be visible under the same paths.
         socket_interface: network interface that connects the nodes, e.g. "ib0"; by default the one that leads to the
             job's other hosts.
-        env: variables of every role. Never secrets: those are inherited from the shell that submits.
+        env: variables of every role. Never secrets, here or below: those are inherited from the shell that submits.
         setup: bash lines that every task runs before its role, e.g. "module load cuda".
         sbatch: further #SBATCH directives, e.g. {"qos": "high", "constraint": "h100"}.
         warning_s: how long before the end of the time limit the trainer is told to save and stop. It must cover one step,
@@ -70,12 +74,17 @@ class ClusterProfile:
     def __post_init__(self) -> None:
         if problems := list(_problems_of(self)):
             raise ConfigError("\n".join(f"ClusterProfile({self.name!r}).{problem}" for problem in problems))
-        secrets = sorted(name for name in self.env if _SECRET.search(name))
-        if secrets:
-            raise ConfigError(
-                f"ClusterProfile({self.name}).env = {', '.join(secrets)}: looks like a secret. Job scripts are readable "
-                "files. Export it in the shell that submits; sbatch hands the shell's environment to the job."
-            )
+        named = {
+            "env": list(self.env),
+            "setup": _ASSIGNED.findall("\n".join(self.setup)),
+            "sbatch": _ASSIGNED.findall("\n".join(map(str, self.sbatch.values()))),
+        }
+        for where, names in named.items():
+            if secrets := sorted({name for name in names if _SECRET.search(name)}):
+                raise ConfigError(
+                    f"ClusterProfile({self.name}).{where} = {', '.join(secrets)}: looks like a secret. Job scripts are "
+                    "readable files. Export it in the shell that submits; sbatch hands the shell's environment to the job."
+                )
 
     @property
     def interpreter(self) -> str:

@@ -1,7 +1,7 @@
 """Teachers that run already: SGLang servers at given addresses; a column of the data says which of them a problem belongs to.
 
-In: ``teacher.urls``, ``teacher.column``, the key in an environment variable. Out: a ``Teacher`` that asks the right one. Start
-such a server with ``python -m sglang.launch_server --model-path MODEL --skip-tokenizer-init --port PORT --api-key KEY``.
+In: ``teacher.urls``, ``teacher.column``, the key in an environment variable. Out: a ``Teacher`` that asks the right one.
+docs/extending.md tells how such a server is started.
 """
 
 import os

@@ -92,6 +92,47 @@ def test_secrets_do_not_enter_a_profile() -> None:
     assert "hf_0123456789" not in str(caught.value)
 
 
+SECRETS = (
+    "OPENAI_KEY",
+    "GITHUB_PAT",
+    "DB_PWD",
+    "SSH_PRIVATE_KEY",
+    "WANDB_API_KEY",
+    "MY_PASSWORD",
+    "AWS_SECRET_ACCESS_KEY",
+    "X_PASS",
+)
+OTHERS = (
+    "TOKENIZERS_PARALLELISM",
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "MAX_TOKENS",
+    "NCCL_DEBUG",
+    "MONKEY",
+    "BYPASS",
+    "KEYBOARD",
+)
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_is_told_by_the_words_of_its_name_wherever_it_stands(name: str) -> None:
+    """As a variable, in a line of bash, in a directive; and its value is not repeated."""
+    for where, value in {
+        "env": {name: "hush1"},
+        "setup": ("module load cuda", f"export A=1 {name}=hush1"),
+        "sbatch": {"export": f"ALL,{name}=hush1"},
+    }.items():
+        with pytest.raises(ConfigError, match=f"{where} = {name}: looks like a secret") as caught:
+            replace(H100, **{where: value})
+        assert "hush1" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_name_that_only_holds_the_letters_of_a_secret_passes(name: str) -> None:
+    """TOKENIZERS_PARALLELISM is no token."""
+    assert replace(H100, env={name: "1"}, setup=(f"export {name}=1",)).env == {name: "1"}
+
+
 @pytest.mark.parametrize("role", ["run", "trainer", "student", "teacher"])
 def test_scripts_are_sound_bash_with_awkward_values(role: str, tmp_path: Path) -> None:
     """Quotes, blanks and dollars in paths and values reach the role unchanged: a stand-in for Python prints them."""
