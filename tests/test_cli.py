@@ -1,9 +1,12 @@
 """Bad input is refused before any process starts, in one message that names value, rule and remedy; exit code not 0."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ from megatron_distill.recipes.tiny import MODELS
 
 from megatron_distill.cli.main import COMMANDS, command_module, main
 from megatron_distill.launch.doctor import missing_compilers
+from megatron_distill.launch.signals import Interrupted, as_interrupts
+from tests.support.waiting import wait_until
 
 RECIPE = "tiny.quickstart"
 
@@ -148,3 +153,24 @@ def test_help_loads_no_command_and_no_library() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert set(out) == {"megatron_distill.cli", "megatron_distill.cli.main", "megatron_distill.errors"}
+
+
+def test_a_signal_that_python_drops_is_sent_again() -> None:
+    """What is raised in the callback of a weak reference goes nowhere; the command is interrupted all the same."""
+
+    class Referred:
+        pass
+
+    referred = Referred()
+    reference = weakref.ref(referred, lambda _: os.kill(os.getpid(), signal.SIGINT))
+
+    def command(of: list[Referred]) -> None:
+        with as_interrupts():
+            of.clear()
+            wait_until(lambda: False, "the signal, once more")
+
+    of = [referred]
+    del referred
+    with pytest.raises(Interrupted) as stop:
+        command(of)
+    assert reference() is None and stop.value.code == 130

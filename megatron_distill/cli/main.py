@@ -41,11 +41,11 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn errors into one message and an exit code."""
-    options = _parse(sys.argv[1:] if argv is None else list(argv))
-    from megatron_distill.launch import signals
+    from megatron_distill.launch import signals  # small, and not for whoever only asks what commands there are
 
     try:
         with signals.as_interrupts():
+            options = _parse(sys.argv[1:] if argv is None else list(argv))
             command_module(options.command).run(options)
     except DistillError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)

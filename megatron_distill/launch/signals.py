@@ -6,11 +6,15 @@ with as_interrupts():          any command: the signal is raised as ``Interrupte
 """
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
+
+_AGAIN_S = 0.05
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -43,13 +47,27 @@ class Stop:
 
 @contextlib.contextmanager
 def as_interrupts() -> Iterator[None]:
-    """Raise the signals as ``Interrupted`` in the main thread."""
+    """Raise the signals as ``Interrupted`` in the main thread.
+
+    Python drops what is raised while it calls back from a weak reference or a destructor, as it does all the time during an
+    import: there the signal is sent once more.
+    """
 
     def stop(number: int, _: FrameType | None) -> None:
         raise Interrupted(signal.Signals(number))
 
-    with _handled_by(stop):
-        yield
+    def dropped(what: "sys.UnraisableHookArgs") -> None:
+        if isinstance(what.exc_value, Interrupted):
+            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), what.exc_value.number)).start()
+        else:
+            before(what)
+
+    before, sys.unraisablehook = sys.unraisablehook, dropped
+    try:
+        with _handled_by(stop):
+            yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager
