@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from megatron_distill import config as config_module
 from megatron_distill.cli.main import main
 from megatron_distill.config import RunConfig, walk
+from megatron_distill.runs.marks import MARK
 from megatron_distill.runs.run_folder import RunFolder, append
 
 FIELDS = sorted(where for where, _, _ in walk(RunConfig()))
@@ -333,6 +334,16 @@ def test_a_run_of_odd_files_is_one_message(
     if name == "config.json":
         for command in (["export", odd.root, "--out", tmp_path / "out"], ["fork", odd.root, "name=other"]):
             refused(capsys, *command)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mark_of_odd_kind_is_no_mark(
+    kind: str, folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then the folder is somebody else's: nothing is written there, and nothing waited for."""
+    put(folder.root / MARK, kind)
+    assert MARK in refused(capsys, "train", "tiny.quickstart", "--dry-run", "--run-dir", folder.root)
+    refused(capsys, "export", folder.root, "--out", tmp_path / "out")
 
 
 def test_a_run_folder_lies_in_no_other_and_behind_no_broken_link(

@@ -214,6 +214,16 @@ def test_a_fork_that_cannot_be_is_refused(
     assert not (tmp_path / "forked").exists() and not list(tmp_path.glob(".forked*"))
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval/step_000020.json"])
+def test_a_fork_of_what_cannot_be_copied_leaves_nothing(name: str, folder: RunFolder, tmp_path: Path) -> None:
+    """A pipe in the place of a record is named, and not waited for."""
+    (folder.root / name).unlink(missing_ok=True)
+    os.mkfifo(folder.root / name)
+    with pytest.raises(DistillError, match=name):
+        fork(folder, 20, tiny.quickstart(), RunFolder(tmp_path / "forked"))
+    assert not (tmp_path / "forked").exists() and not list(tmp_path.glob(".forked*"))
+
+
 def test_the_disk_is_planned_for_what_is_kept() -> None:
     """Ten checkpoints of 14 B a parameter under bf16; with two kept there are three while the newest is written, and the best;
     what a folder holds already is not asked for again."""

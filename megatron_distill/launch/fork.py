@@ -51,21 +51,31 @@ def fork(source: RunFolder, step: int | None, config: RunConfig, target: RunFold
         marks.check_claim(partial.root, "run", "leftover")
         shutil.rmtree(partial.root)
     partial.create()
-    _link(checkpoint, directory_of(partial, step))
-    partial.checkpoint_tracker.write_text(str(step))
-    same_curriculum = before.curriculum == config.curriculum
-    for path in (source.metrics, source.samples, *([source.curriculum] if same_curriculum else [])):
-        if has_records(path):
-            shutil.copyfile(path, partial.root / path.name)
-    if source.evals.exists():
-        shutil.copytree(source.evals, partial.evals, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.log"))
-    partial.rewind(step)
-    config_module.save(config, partial.config)
-    write_json(partial.root / "forked_from.json", {"run": str(source.root.resolve()), "step": step})
+    try:
+        _copy(source, checkpoint, partial, step, with_decisions=before.curriculum == config.curriculum)
+        config_module.save(config, partial.config)
+    except BaseException as error:
+        shutil.rmtree(partial.root, ignore_errors=True)
+        if isinstance(error, OSError):  # a full disk, or what is no file
+            raise DistillError(f"{source.root}: cannot be copied to {target.root} ({str(error)[:300]}).") from error
+        raise
     if target.root.exists():
         target.root.rmdir()
     partial.root.rename(target.root)
     return step
+
+
+def _copy(source: RunFolder, checkpoint: Path, target: RunFolder, step: int, with_decisions: bool) -> None:
+    """The checkpoint, and the records up to its step."""
+    _link(checkpoint, directory_of(target, step))
+    target.checkpoint_tracker.write_text(str(step))
+    for path in (source.metrics, source.samples, *([source.curriculum] if with_decisions else [])):
+        if has_records(path):
+            shutil.copyfile(path, target.root / path.name)
+    if source.evals.exists():
+        shutil.copytree(source.evals, target.evals, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.log"))
+    target.rewind(step)
+    write_json(target.root / "forked_from.json", {"run": str(source.root.resolve()), "step": step})
 
 
 def _check_fits(before: RunConfig, config: RunConfig, step: int) -> None:
