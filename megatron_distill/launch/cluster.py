@@ -40,6 +40,7 @@ from megatron_distill.launch.launch import (
     role_arguments,
 )
 from megatron_distill.launch.nodes import ClusterProfile, Group, groups_of, require_mounted, require_plain_path
+from megatron_distill.launch.signals import Interrupted
 from megatron_distill.runs.console import Console
 from megatron_distill.runs.run_folder import RunFolder, read_json, write_json
 from megatron_distill.runs.trackers.process import track
@@ -291,6 +292,7 @@ def train(
 
     Raises:
         DistillError: before anything is submitted, or with the first failure's cause.
+        Interrupted: it was asked to stop; the job goes on.
     """
     from megatron_distill.pages.report import write_report
 
@@ -298,7 +300,11 @@ def train(
     with Console(folder, config.num_steps, out, verbose=verbose) as console, track(config, folder):
         if submitted:
             console.say(submitted)
-        follow(job_id, folder, console)
+        try:
+            follow(job_id, folder, console)
+        except Interrupted as stop:
+            stop.told = f"Slurm job {job_id} goes on; the same command follows it again, scancel {job_id} stops it"
+            raise
     if not folder.report.exists():
         write_report(folder)
 

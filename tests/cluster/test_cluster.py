@@ -15,8 +15,9 @@ from megatron_distill.config import ParallelConfig, RunConfig, ServersConfig, St
 from megatron_distill.errors import ConfigError, DistillError
 from megatron_distill.launch import cluster
 from megatron_distill.launch.cluster import task_script
-from megatron_distill.launch.launch import require_success
+from megatron_distill.launch.launch import require_success, trainer_log_size
 from megatron_distill.launch.nodes import ClusterProfile, Group, groups_of, require_mounted, seconds_of
+from megatron_distill.launch.signals import Interrupted
 from megatron_distill.runs.run_folder import RunFolder, write_json
 from tests.support.waiting import wait_until
 
@@ -322,6 +323,23 @@ def test_a_run_is_judged_by_its_folder(tmp_path: Path) -> None:
     require_success(folder, "Slurm job 7 = FAILED")
 
 
+def test_a_killed_rank_is_the_cause_of_what_the_others_report(tmp_path: Path) -> None:
+    """torchrun knows who was killed; the other rank only sees its connection break. What an earlier start left is not read."""
+    folder = RunFolder(tmp_path)
+    folder.create()
+    log = folder.logs / "trainer.out"
+    said = "Root Cause (first observed failure):\n[0]:\n  rank      : {} (local_rank: {})\n  exitcode  : {} (pid: 7)\n"
+    log.write_text(said.format(0, 0, -11))
+    since = trainer_log_size(folder)
+    write_json(folder.errors / "trainer-0.json", {"time": 1.0, "role": "trainer-0", "message": "Connection reset"})
+    with pytest.raises(DistillError, match="trainer-0 failed: Connection reset"):
+        require_success(folder, "trainer = ended early", since)
+    with log.open("a") as file:
+        file.write(said.format(1, 1, -9))
+    with pytest.raises(DistillError, match=r"trainer rank 1 was ended by SIGKILL .*memory runs out"):
+        require_success(folder, "trainer = ended early", since)
+
+
 @pytest.mark.parametrize(
     ("state", "ended"),
     [("COMPLETED", True), ("CANCELLED by 0", True), ("TIMEOUT", True), ("PENDING", False), ("REQUEUED", False),
@@ -341,6 +359,21 @@ def test_a_profile_is_found_by_name_or_file(tmp_path: Path) -> None:
     assert cluster.load_profile(f"{file}:here").name == "lab"
     with pytest.raises(ConfigError, match=r"Did you mean clusters\.lab\?"):
         cluster.load_profile("labb")
+
+
+def test_ctrl_c_ends_the_following_and_not_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so, and how to come back."""
+    folder = RunFolder(tmp_path)
+    folder.create()
+
+    def interrupted(*_: object) -> None:
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(cluster, "ensure_job", lambda *_: ("42", ""))
+    monkeypatch.setattr(cluster, "follow", interrupted)
+    with pytest.raises(Interrupted) as stop:
+        cluster.train(H100, RunConfig(), folder)
+    assert stop.value.told == "Slurm job 42 goes on; the same command follows it again, scancel 42 stops it"
 
 
 def test_a_run_folder_takes_one_job_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
