@@ -114,6 +114,14 @@ def test_garbage_for_a_table_of_contents_is_one_message(garbage: bytes, iteratio
     assert "cannot be read" in damage_of(iteration)
 
 
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", "__0_0.distcp"])
+def test_a_pipe_is_not_waited_for(name: str, iteration: Path) -> None:
+    """Nobody writes to it: it is named instead."""
+    (iteration / name).unlink()
+    os.mkfifo(iteration / name)
+    assert name in damage_of(iteration)
+
+
 def test_inspect_fails_where_something_is_wrong(iteration: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 0 means usable: a zeroed data file is found, although the table of contents is whole."""
     assert main(["convert", "inspect", str(iteration.parent)]) == 0
