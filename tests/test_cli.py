@@ -162,7 +162,7 @@ def test_a_signal_that_python_drops_is_sent_again() -> None:
         pass
 
     referred = Referred()
-    reference = weakref.ref(referred, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    reference = weakref.ref(referred, lambda _: os.kill(os.getpid(), signal.SIGTERM))
 
     def command(of: list[Referred]) -> None:
         with as_interrupts():
@@ -173,4 +173,4 @@ def test_a_signal_that_python_drops_is_sent_again() -> None:
     del referred
     with pytest.raises(Interrupted) as stop:
         command(of)
-    assert reference() is None and stop.value.code == 130
+    assert reference() is None and stop.value.code == 143

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -209,12 +210,16 @@ def test_a_browser_follows_the_run_as_it_goes_on(
 
 def test_the_command_prints_where_to_look_and_ends_on_ctrl_c(folder: RunFolder) -> None:
     """``megatron-distill watch RUN`` prints one line with the address, answers there, and leaves with Ctrl-C, saying so."""
-    command = [sys.executable, "-m", "megatron_distill.cli.main", "watch", str(folder.root)]
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
+    )
+    code += "from megatron_distill.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "watch", str(folder.root)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, text=True, start_new_session=True) as process:
         assert process.stdout is not None and process.stderr is not None
         address = process.stdout.readline().split()[0]
         assert json.loads(get(address, "run")[1])["config"]["name"] == "watched"
-        os.killpg(process.pid, 2)
+        os.killpg(process.pid, signal.SIGINT)
         assert "the page has ended, the run has not" in process.stderr.read()
     assert process.returncode == 130
