@@ -33,6 +33,9 @@ from megatron_distill.errors import CheckpointError
 from megatron_distill.launch import processes
 from megatron_distill.runs.run_folder import HELDOUT, RunFolder, append, read_lines
 
+sys.path.insert(0, str(Path(__file__).parent))
+import unkind
+
 NUM_STEPS = 16
 EVALUATED_EVERY_STEPS = 5
 _COMMAND = (sys.executable, "-m", "megatron_distill.cli.main", "train")
@@ -51,6 +54,7 @@ RECIPE = (
     "evaluation.max_response_tokens=24",
     "evaluation.entropy_problems=2",
     f"evaluation.every_steps={EVALUATED_EVERY_STEPS}",
+    "servers.hang_timeout_s=60",
 )
 MARK = "MEGATRON_DISTILL_CHAOS"
 START_LIMIT_S = 1800.0  # only ends a hang: a start that takes longer is reported as one
@@ -69,6 +73,7 @@ class Start:
     Attributes:
         overrides: of the recipe, for every start of this program; the unbroken run's too.
         clock: what its processes add to the time of day, if that can be changed here; a file that libfaketime reads.
+        manners: how its servers treat requests; a file that ``unkind`` reads.
     """
 
     overrides: ClassVar[tuple[str, ...]] = ()
@@ -80,13 +85,16 @@ class Start:
         self.output = folder.root.parent / f"{folder.root.name}.out"
         self.clock = folder.root.parent / f"{folder.root.name}.clock"
         self.clock.write_text("+0")
+        self.manners = folder.root.parent / f"{folder.root.name}.manners"
+        self.manners.write_text("")
+        plugin = unkind.entry_points(folder.root.parent / f"{folder.root.name}.plugin", self.manners)
         with self.output.open("ab") as out:
             self.process = subprocess.Popen(
                 [*_COMMAND, *RECIPE, *self.overrides, "--run-dir", str(folder.root)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                env=os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"} | _changeable_clock(self.clock),
+                env=os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"} | _changeable_clock(self.clock) | plugin,
                 start_new_session=True,
             )
 
@@ -285,6 +293,21 @@ def _stall(find: Callable[[Start], list[int]], seconds: float) -> Callable[..., 
     return act
 
 
+def _unkind(manners: str, seconds: float) -> Callable[..., None]:
+    """The servers treat every request so, for a while."""
+
+    def act(start: Start, rng: random.Random) -> None:
+        met = start.manners.with_name(start.manners.name + ".met")
+        met.unlink(missing_ok=True)
+        start.manners.write_text(manners)
+        time.sleep(seconds)
+        start.manners.write_text("")
+        if start.running() and not met.exists():
+            raise AssertionError(f"no request in {seconds:.0f} s met a server that was told: {manners}")
+
+    return act
+
+
 def _twice(start: Start, rng: random.Random) -> None:
     start.process.send_signal(signal.SIGINT)
     time.sleep(1)
@@ -380,6 +403,9 @@ FAULTS = (
     Fault("server stalled for 8 s", _LATE, _stall(Start.servers, 8)),
     Fault("trainer stalled for 8 s", _LATE, _stall(Start.ranks, 8)),
     Fault("launcher stalled for 8 s", _LATE, _stall(_LAUNCHER, 8)),
+    Fault("server frozen for ever", _LATE, _kill(Start.servers, signal.SIGSTOP)),
+    Fault("server answers 2 s late for 20 s", _LATE, _unkind("slow 2", 20)),
+    Fault("server refuses (503) for 15 s", _LATE, _unkind("refuse", 15)),
     Fault("second launch of the folder", ("stepping",), _second_launch),
     Fault("checkpoint truncated", ("stepping",), _damage(_truncate, "*.distcp")),
     Fault("checkpoint zeroed", ("stepping",), _damage(_zero, "*.distcp")),
