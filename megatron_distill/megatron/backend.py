@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_distill.config import StudentConfig
 from megatron_distill.errors import DistillError
-from megatron_distill.megatron import cpu_backend, torch_adam
+from megatron_distill.megatron import cpu_backend, optimizer_settings, torch_adam
 
 # Megatron's own layers: its fused masked softmax ignores any mask but the causal one, and the others are Transformer
 # Engine's or apex's.
@@ -104,3 +104,4 @@ def prepare() -> None:
     if not os.path.exists(os.path.join(os.path.dirname(dataset_utils.__file__), "Makefile")):
         dataset_utils.compile_helpers = lambda: None
     torch_adam.mend()
+    optimizer_settings.follow_the_config()

@@ -4,6 +4,7 @@ Each case is a whole training job (``tests.support.train_job``) on ranks of its 
 ``pretrain``, and samples that are a function of the step.
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,27 @@ def test_a_run_that_ends_in_an_evaluation_goes_on_from_the_step_it_was_evaluatin
         assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
     for name, weight in reference.weights.items():
         assert torch.equal(resumed.weights[name], weight), name
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"student.parallel.tp": 2},
+        {"student.dtype": "bf16"},
+        {"student.parallel.dp": 2, "student.distributed_optimizer": True},
+    ],
+    ids=["fp32", "bf16", "dp2_distributed_optimizer"],
+)
+def test_a_checkpoint_goes_on_under_other_settings_of_the_optimizer(
+    layout: dict[str, object], forge: RankForge, models: Path, tmp_path: Path
+) -> None:
+    """As a fork does: the state is the checkpoint's, learning rate and betas are the config's. Megatron alone refuses another
+    rate, and keeps the old betas."""
+    run_job(models, tmp_path / "run", layout | {"num_steps": 2}, forge=forge)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    changed = layout | {"num_steps": 4, "optimizer.lr": 3e-4, "optimizer.lr_decay": "linear"}
+    forked = run_job(models, tmp_path / "run", changed, forge=forge)
+    assert [one["lr"] for one in forked.steps[2:]] == pytest.approx([1e-4, 0.0])
+    other = run_job(models, tmp_path / "other", changed | {"optimizer.adam_beta2": 0.5}, forge=forge)
+    assert [one["loss"] for one in other.steps[:3]] == [one["loss"] for one in forked.steps[:3]]
+    assert any(not torch.equal(other.weights[name], weight) for name, weight in forked.weights.items())
