@@ -1,6 +1,7 @@
 """First contact: a recipe of one's own that is sound as written, and a shell that completes."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,35 @@ def test_help_shows_what_a_value_and_a_schedule_look_like(capsys: pytest.Capture
     shown = next(line for line in printed.splitlines() if '"interpolate": true' in line)
     override = shown.strip().split("   ")[0].strip("'")
     assert main(["plan", "qwen3.b06_from_4b_1x8_128", override]) == 0
+
+
+def test_a_new_recipe_leaves_odd_rows_out_if_it_is_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row without an answer and one longer than the models hold: refused with what to type, or left out and counted."""
+    odd = data(tmp_path / "odd.jsonl")
+    rows = [{"question": "What?", "target": ""}, {"question": "x " * 600, "target": "#### 1"}]
+    odd.write_text(odd.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
+    assert new(tmp_path, odd) == 1
+    assert "odd.jsonl:8: target = ''" in (told := capsys.readouterr().err) and "data.on_bad_rows=drop" in told
+    assert new(tmp_path, odd, "--on-bad-rows", "drop") == 0
+    assert "odd.jsonl: 2 of 9 rows left out: 1 no answer, 1 prompt longer than" in capsys.readouterr().out
+    assert main(["train", f"{tmp_path / 'mine.py'}:recipe", "--run-dir", str(tmp_path / "run"), "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert "2 of 9 rows left out" in printed.out
+    assert "indexing errors" not in printed.err  # transformers' own, of a prompt that no model will see
+
+
+def test_what_new_takes_is_told_in_its_own_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A horizon that leaves no room, a held-out file with other columns, a hub id that was not fetched; and a file name with a
+    blank gives commands that a shell reads."""
+    train = data(tmp_path / "train.jsonl")
+    assert new(tmp_path, train, "--horizon-tokens", "2000") == 1
+    assert "--horizon-tokens = 2000: with prompts of up to" in capsys.readouterr().err
+    assert new(tmp_path, train, "--heldout", str(data(tmp_path / "other.jsonl", prompt="problem"))) == 1
+    assert "has no column 'question'" in capsys.readouterr().err
+    assert new(tmp_path, train, "--student", "Nobody/Model-1B") == 1
+    assert "type: megatron-distill fetch Nobody/Model-1B" in capsys.readouterr().err
+    (folder := tmp_path / "my runs").mkdir()
+    assert new(folder, train, "--train", f"{train}[:5]") == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(command)[2] == f"{folder / 'mine.py'}:recipe"
+    assert load_recipe(shlex.split(command)[2]).data.train_path == f"{train}[:5]"

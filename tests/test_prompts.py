@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron_distill.recipes.tiny import MODELS
 
 from megatron_distill.config import DataConfig
 from megatron_distill.errors import ConfigError, DataError
@@ -176,3 +177,22 @@ def test_many_prompts_at_once_are_those_of_one_by_one() -> None:
     problems = [Problem(str(n), (Message("user", text),), "1") for n, text in enumerate(words)]
     together = encode_prompts(tokenizer, problems, template)
     assert together == [encode_prompt(tokenizer, problem, template) for problem in problems]
+
+
+@pytest.mark.slow
+def test_a_template_option_that_is_not_read_is_refused(write_lines: WriteLines) -> None:
+    """Jinja passes over an unknown variable: a typo would train on other prompts without a word."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "student")
+    tokenizer.chat_template += "{% if enable_thinking is false %}<think></think>{% endif %}"
+    path = str(write_lines({"prompt": "1+1?", "answer": "2"}))
+    plain, without = (
+        load_prompt_set(path, DataConfig(template_options=options), tokenizer).prompts[0]
+        for options in ({}, {"enable_thinking": False})
+    )
+    assert len(without) > len(plain)
+    with pytest.raises(
+        DataError, match=r"enable_thinkin = False.*reads no such variable.*Did you mean enable_thinking"
+    ):
+        load_prompt_set(path, DataConfig(template_options={"enable_thinkin": False}), tokenizer)

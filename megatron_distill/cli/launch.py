@@ -32,7 +32,8 @@ def run(options: argparse.Namespace) -> None:
         groups_of(config, profile)
         check_folder(config, folder)
         if Path(config.student.path).exists():
-            preflight.check(config, folder)
+            for note in preflight.check(config, folder):
+                print(f"# data: {note}")
         else:
             print(f"# {config.student.path} is not visible here: models and data were not checked")
         for name, text in cluster.dry_run(config, profile, folder).items():

@@ -14,18 +14,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("file", type=Path, help="Python file to write; its name without .py names the run")
     parser.add_argument(
-        "--student", type=Path, required=True, metavar="DIR", help="Hugging Face directory of the student"
+        "--student",
+        required=True,
+        metavar="DIR",
+        help="Hugging Face directory of the student, or a hub id once fetched",
     )
     parser.add_argument(
-        "--teacher", type=Path, required=True, metavar="DIR", help="Hugging Face directory of the teacher"
+        "--teacher",
+        required=True,
+        metavar="DIR",
+        help="Hugging Face directory of the teacher, or a hub id once fetched",
     )
-    parser.add_argument("--train", type=Path, required=True, metavar="FILE", help="problems to train on")
-    parser.add_argument("--heldout", type=Path, required=True, metavar="FILE", help="problems to measure on")
+    parser.add_argument("--train", required=True, metavar="FILE", help="problems to train on")
+    parser.add_argument("--heldout", required=True, metavar="FILE", help="problems to measure on")
     for what in ("prompt", "answer"):
         parser.add_argument(
             f"--{what}-key", default="", metavar="COLUMN", help=f"column of the {what}s (default: one of a usual name)"
         )
-    parser.add_argument("--horizon-tokens", type=positive_int, default=1024, help="longest response (default: 1024)")
+    parser.add_argument(
+        "--horizon-tokens", type=positive_int, default=1024, metavar="N", help="longest response (default: 1024)"
+    )
+    parser.add_argument(
+        "--on-bad-rows",
+        choices=("stop", "drop"),
+        default="stop",
+        help="what becomes of rows without prompt or answer, or too long (default: stop)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -42,5 +56,6 @@ def run(options: argparse.Namespace) -> None:
             options.horizon_tokens,
             options.prompt_key,
             options.answer_key,
+            options.on_bad_rows,
         )
     )

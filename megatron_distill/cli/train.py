@@ -35,7 +35,8 @@ def run(options: argparse.Namespace) -> None:
     folder = chosen_folder(options, config)
     if options.dry_run:
         check_folder(config, folder)
-        preflight.check(config, folder)
+        for note in preflight.check(config, folder):
+            print(f"data: {note}")
         print(f"{options.recipe}: sound. It would start, in {folder.root}:")
         for task in local_tasks(config, folder, visible_gpus()):
             print(f"  {task.name:<12} {task.command}")

@@ -6,13 +6,17 @@ columns found in the data, the longest prompt measured, an instruction to box th
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_distill.config import SERVER_RESERVED_TOKENS, RunConfig
 from megatron_distill.config.loading import load_recipe
 from megatron_distill.errors import ConfigError
 from megatron_distill.launch import preflight
 from megatron_distill.launch.local import visible_gpus
+from megatron_distill.models import hub
+from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.models.vocabulary import load_vocabulary
 from megatron_distill.rollouts.prompts import load_prompt_set
 from megatron_distill.rollouts.records import first_record
@@ -74,6 +78,7 @@ def {function}() -> RunConfig:
             instruction={quoted[instruction]},  # put under the problem; math-verify judges the last \\boxed{{}}
             template_options={{}},  # of the chat template, e.g. {{"enable_thinking": False}} for Qwen3
             max_prompt_tokens={max_prompt},  # the longest here has {longest}
+            on_bad_rows={quoted[on_bad_rows]},  # rows without prompt or answer, or too long; "drop" leaves them out, counted
         ),
         rollouts=RolloutConfig(
             prompts_per_step=32,  # shared by the dp replicas
@@ -95,25 +100,27 @@ def {function}() -> RunConfig:
 
 def write_recipe(
     file: Path,
-    student: Path,
-    teacher: Path,
-    train: Path,
-    heldout: Path,
+    student: str,
+    teacher: str,
+    train: str,
+    heldout: str,
     horizon_tokens: int,
     prompt_key: str = "",
     answer_key: str = "",
+    on_bad_rows: str = "stop",
 ) -> str:
     """Write and check a recipe.
 
     Args:
         file: to write; its stem names the run.
-        student: Hugging Face directory.
-        teacher: Hugging Face directory.
+        student: Hugging Face directory, or a hub id that was fetched; so are the others.
+        teacher: likewise.
         train: problems.
         heldout: problems that training does not see.
         horizon_tokens: the longest response.
         prompt_key: column of the prompts; empty looks for one of a usual name.
         answer_key: column of the answers; likewise.
+        on_bad_rows: as in ``data.on_bad_rows``.
 
     Returns:
         What was found and what to type next.
@@ -124,15 +131,20 @@ def write_recipe(
     if file.suffix != ".py" or file.exists():
         problem = "exists already. Choose another name" if file.exists() else "must end with .py"
         raise ConfigError(f"new = {file}: {problem}. A recipe is a Python file of its own. Type for example my_run.py.")
-    record = first_record(str(train))
+    models = {"student": hub.local_place(student, "model"), "teacher": hub.local_place(teacher, "model")}
+    for role, place in models.items():
+        preflight.check_is_directory(role, place)
+    record = first_record(hub.local_place(train, "dataset"))
     prompt_key = _column(record, (prompt_key,) if prompt_key else _PROMPT_KEYS, train, "--prompt-key")
     answer_key = _column(record, (answer_key,) if answer_key else _ANSWER_KEYS, train, "--answer-key")
+    _check_same_columns(first_record(hub.local_place(heldout, "dataset")), (prompt_key, answer_key), heldout, train)
     places = {"student": student, "teacher": teacher, "train": train, "heldout": heldout}
-    texts = {key: str(path.absolute()) for key, path in places.items()} | {
+    texts = {key: text if hub.hub_id(text) else str(Path(text).absolute()) for key, text in places.items()} | {
         "name": file.stem,
         "dtype": "bf16" if visible_gpus() else "fp32",
         "prompt_key": prompt_key,
         "answer_key": answer_key,
+        "on_bad_rows": on_bad_rows,
         "marker": "####" if "####" in str(record[answer_key]) else "",
         "instruction": "" if "\\boxed" in str(record[prompt_key]) else _BOXED,
     }
@@ -141,40 +153,56 @@ def write_recipe(
         return _TEXT.format(
             quoted={key: json.dumps(value, ensure_ascii=False) for key, value in texts.items()},
             function=FUNCTION,
-            **{"name": file.stem, "student_name": student.name, "teacher_name": teacher.name},
+            **{"name": file.stem, "student_name": Path(student).name, "teacher_name": Path(teacher).name},
             **{"commands": _commands(file), "horizon": horizon_tokens},
             **{"longest": longest, "max_prompt": max_prompt, "num_heldout": num_heldout},
         )
 
     try:
         file.write_text(text(longest=0, max_prompt=1 << 20, num_heldout=1), encoding="utf-8")
-        longest, num_heldout = _measured(file)
-        rounded = max(64, math.ceil(longest / 64) * 64)
-        file.write_text(text(longest, rounded, min(100, num_heldout)), encoding="utf-8")
-        preflight.check(load_recipe(f"{file}:{FUNCTION}"))
+        longest, num_heldout = _measured(_load(file))
+        room = (
+            min(HfConfig.from_dir(place).max_position_embeddings for place in models.values()) - SERVER_RESERVED_TOKENS
+        )
+        max_prompt = max(64, math.ceil(longest / 64) * 64)
+        if on_bad_rows == "drop":
+            max_prompt = min(max_prompt, room - horizon_tokens)
+        if max_prompt + horizon_tokens > room:
+            raise ConfigError(
+                f"--horizon-tokens = {horizon_tokens}: with prompts of up to {longest} tokens, the models' positions leave "
+                f"{room - max_prompt} for a response. Lower it, or leave long prompts out: --on-bad-rows drop."
+            )
+        file.write_text(text(longest, max_prompt, min(100, num_heldout)), encoding="utf-8")
+        notes = preflight.check(_load(file))
     except BaseException:
         file.unlink(missing_ok=True)
         raise
+    name = shlex.quote(f"{file}:{FUNCTION}")
+    left_out = "".join(f"\n{note}" for note in notes)
     return (
         f"wrote {file}: sound. Prompts are in {prompt_key!r}, up to {longest} tokens; answers in "
-        f"{answer_key!r}.\nRead it, then type:\n"
-        f"  megatron-distill train {file}:{FUNCTION} --dry-run\n  megatron-distill train {file}:{FUNCTION}"
+        f"{answer_key!r}.{left_out}\nRead it, then type:\n"
+        f"  megatron-distill train {name} --dry-run\n  megatron-distill train {name}"
     )
 
 
+def _load(file: Path) -> RunConfig:
+    return hub.resolved(load_recipe(f"{file}:{FUNCTION}"))
+
+
 def _commands(file: Path) -> str:
-    name = f"{file}:{FUNCTION}"
+    name = shlex.quote(f"{file}:{FUNCTION}")
     lines = {
         f"train {name} --dry-run": "check everything, start nothing",
         f"plan {name}": "memory of each GPU; what would make it fit",
         f"train {name}": "run it here, or resume it",
-        f"watch runs/{file.stem}": "look at it meanwhile",
+        f"watch {shlex.quote(f'runs/{file.stem}')}": "look at it meanwhile",
     }
     width = max(map(len, lines))
     return "\n".join(f"    megatron-distill {line:<{width}}    {what}" for line, what in lines.items())
 
 
-def _column(record: Mapping[str, object], candidates: tuple[str, ...], path: Path, option: str) -> str:
+def _column(record: Mapping[str, object], candidates: tuple[str, ...], path: str, option: str) -> str:
     for name in candidates:
         if name in record:
             return name
@@ -184,9 +212,16 @@ def _column(record: Mapping[str, object], candidates: tuple[str, ...], path: Pat
     )
 
 
-def _measured(file: Path) -> tuple[int, int]:
+def _check_same_columns(record: Mapping[str, object], keys: tuple[str, ...], heldout: str, train: str) -> None:
+    if missing := [key for key in keys if key not in record]:
+        raise ConfigError(
+            f"{heldout} = {{{', '.join(record)}}}: has no column {' nor '.join(map(repr, missing))}, which {train} "
+            "has. A recipe names the columns of both at once. Rename them in one of the files."
+        )
+
+
+def _measured(config: RunConfig) -> tuple[int, int]:
     """(tokens of the longest prompt of both files, held-out problems), as the recipe written so far would encode them."""
-    config = load_recipe(f"{file}:{FUNCTION}")
     vocabulary = load_vocabulary(config.student.path, config.teacher.path, config.rollouts.stop_tokens)
     sets = [
         load_prompt_set(path, config.data, vocabulary.tokenizer)

@@ -25,26 +25,26 @@ from megatron_distill.teacher import problems_of_urls, teacher_prompts
 from megatron_distill.training.leader import check_functions
 
 
-def check(config: RunConfig, folder: RunFolder | None = None) -> None:
+def check(config: RunConfig, folder: RunFolder | None = None) -> list[str]:
     """Check models against each other, the layout against the models, the data against the lengths, the disk against both.
 
     Args:
         config: of the run.
         folder: where it will be written, if that is decided.
 
+    Returns:
+        What was left out of the data, for people.
+
     Raises:
         ConfigError: listing all problems at once.
     """
     problems: list[str] = []
+    notes: list[str] = []
     models = {}
     paths = {"student": config.student.path} | ({"teacher": config.teacher.path} if config.needs_teacher else {})
     for role, path in paths.items():
         try:
-            if not Path(path).is_dir():
-                raise ConfigError(
-                    f"{role}.path = {path}: no such directory. Download or convert the model first."
-                    f"{hub.unresolved_remedy(path)}"
-                )
+            check_is_directory(role, path)
             models[role] = HfConfig.from_dir(path)
             if role == "teacher" and config.teacher.runs_elsewhere and not config.needs_teacher_server:
                 continue  # its weights are where it runs
@@ -63,10 +63,23 @@ def check(config: RunConfig, folder: RunFolder | None = None) -> None:
     if not problems:
         problems += layout_problems(config, models)
         problems += _model_problems(config, models)
-        problems += _data_problems(config)
+        problems += _data_problems(config, notes)
         problems += _place_problems(config, models, folder)
     if problems:
         raise ConfigError("\n".join(problems))
+    return notes
+
+
+def check_is_directory(role: str, path: str) -> None:
+    """Refuse a model that is not here.
+
+    Raises:
+        ConfigError: saying how to bring it.
+    """
+    if not Path(path).is_dir():
+        raise ConfigError(
+            f"{role}.path = {path}: no such directory. Download or convert the model first.{hub.unresolved_remedy(path)}"
+        )
 
 
 def _model_problems(config: RunConfig, models: dict[str, HfConfig]) -> list[str]:
@@ -103,7 +116,7 @@ def _flag_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _data_problems(config: RunConfig) -> list[str]:
+def _data_problems(config: RunConfig, notes: list[str]) -> list[str]:
     problems = []
     try:
         vocabulary = load_vocabulary(
@@ -131,6 +144,7 @@ def _data_problems(config: RunConfig) -> list[str]:
     for where, load in [("data.sources" if data.sources else "data.train_path", train), *loads]:
         try:
             loaded = load()
+            notes += loaded.notes
             lengths = [(len(ids), problem.id) for ids, problem in zip(loaded.prompts, loaded.problems, strict=True)]
             if load is train and config.distill.weight > 0:
                 teacher_prompts(config, loaded.problems, vocabulary.tokenizer)

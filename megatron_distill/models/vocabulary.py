@@ -96,10 +96,13 @@ def _tokenizer(path: str | Path) -> Any:
         for file in Path(path).glob("*"):
             if file.exists() and not (file.is_file() or file.is_dir()):
                 raise OSError(f"{file.name} is a pipe or a device")  # which would be waited for, or read without end
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # files of another shape make transformers raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise DataError(
             f"{path}: holds no tokenizer that transformers can read ({reason}). Prompts are encoded with it. Copy "
             "tokenizer.json and tokenizer_config.json into the directory."
         ) from error
+    # Said already, of a text longer than the model's positions: such prompts are refused by name, or left out and counted.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer

@@ -99,7 +99,7 @@ def read_problems(source: Source, on_bad_rows: OnBadRows, tally: Tally) -> Itera
             problem = _problem(where, index, record, source, answer_of)
         except BadRow as row:
             if on_bad_rows == "stop":
-                raise
+                raise row.refused(after_good_ones=index > 0) from None
             tally.left_out[row.reason] += 1
             continue
         yield problem

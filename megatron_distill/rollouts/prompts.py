@@ -10,8 +10,10 @@ In: the places of problems, a tokenizer. Out: a ``PromptSet``. The order in whic
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import itertools
+import re
 import sys
 import time
 from array import array
@@ -127,13 +129,15 @@ def _load(
 ) -> PromptSet:
     problems: list[Problem] = []
     prompts, sizes, notes, ids = PackedLists(), [], [], DistinctIds()
+    if data.prompt_builder == "chat":
+        _check_template_options(tokenizer, data.template_options)
     build = _builder(data)
     for source in sources:
         tally, before = Tally(), len(problems)
         read = _with_progress(read_problems(source, data.on_bad_rows, tally), tally)
         for problem, prompt in _encoded(read, build, tokenizer):
             if isinstance(prompt, BadRow) and data.on_bad_rows == "stop":
-                raise prompt
+                raise prompt.refused(after_good_ones=len(problems) > before)
             if isinstance(prompt, BadRow):
                 tally.left_out[prompt.reason] += 1
             elif len(prompt) > data.max_prompt_tokens and data.on_bad_rows == "drop":
@@ -256,6 +260,20 @@ def encode_prompts(
 
 def _chat(problem: Problem) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in problem.messages]
+
+
+def _check_template_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
+    """Refuse a misspelt variable of the chat template, which Jinja would pass over without a word.
+
+    One that is like none of the template's is let through: a recipe may serve models with and without it.
+    """
+    read = set(re.findall(r"\w+", str(tokenizer.chat_template or "")))
+    for name in options.keys() - read:
+        if close := difflib.get_close_matches(name, read, n=1, cutoff=0.8):
+            raise DataError(
+                f"data.template_options.{name} = {shown(options[name])}: the chat template reads no such variable, and the "
+                f"option would change nothing. Did you mean {close[0]}?"
+            )
 
 
 def _check_prompt(ids: list[int], problem: Problem, data: DataConfig) -> None:

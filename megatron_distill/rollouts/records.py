@@ -43,6 +43,10 @@ class BadRow(DataError):
         super().__init__(message)
         self.reason = reason
 
+    def refused(self, *, after_good_ones: bool) -> DataError:
+        """What ends a run that keeps no such row: if others were good, it is the row that is odd, not the config."""
+        return DataError(f"{self} Or leave such rows out: data.on_bad_rows=drop." if after_good_ones else str(self))
+
 
 @dataclass(frozen=True)
 class Place:
@@ -100,7 +104,7 @@ def first_record(text: str) -> dict[str, Any]:
     """
     for _, record in read_records(text):
         if isinstance(record, BadRow):
-            raise record
+            raise record.refused(after_good_ones=False)
         return dict(record)
     raise DataError(f"{text} = empty: must hold at least one problem. Check the file.")
 
@@ -142,7 +146,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Record | BadRow]]:
             try:
                 record = _parse(line)
             except (ValueError, RecursionError) as error:
-                told = f"{where} = {shown(line)}: not JSON ({error}). Mend or delete the line."
+                text = line.decode("utf-8", "replace").strip()
+                told = f"{where} = {shown(text)}: not JSON ({error}). Mend or delete the line."
                 yield where, BadRow("not JSON", told)
                 continue
             yield where, _as_record(where, record, "Write one object a line.")
