@@ -174,3 +174,24 @@ def test_a_signal_that_python_drops_is_sent_again() -> None:
     with pytest.raises(Interrupted) as stop:
         command(of)
     assert reference() is None and stop.value.code == 143
+
+
+def test_help_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prose is wrapped at 80 columns; what is typed stays on one line, to be copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        wide = [line for line in lines if len(line) > 80 and "  " not in line.strip()]
+        assert [line for line in wide if not line.strip().startswith(("e.g. ", "'"))] == []
+
+
+def test_a_mistyped_command_is_named_with_the_likely_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """And what cannot go together in one is refused, instead of one of the two winning silently."""
+    with pytest.raises(SystemExit):
+        main(["trian", "tiny.quickstart"])
+    assert "no command 'trian'. Did you mean train?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", "model", "--problems", "mine.jsonl", "--set", "gsm8k"])
+    assert "not allowed with argument" in capsys.readouterr().err

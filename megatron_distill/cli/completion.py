@@ -46,7 +46,9 @@ _TAKE_RECIPES = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.description = "\n\n".join(__doc__.split("\n\n")[:2])
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    lines = __doc__.split("\n\n", 2)[1]
+    parser.description = f"Print what makes the shell complete commands, options, recipes and fields.\n\n{lines}"
     parser.add_argument("shell", choices=[*SCRIPTS, "words"], help="your shell (words: what the shell asks for)")
     parser.add_argument("line", nargs="?", default="", help=argparse.SUPPRESS)
 

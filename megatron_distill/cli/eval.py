@@ -17,13 +17,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", help="a run folder (its hf/ is measured), a Hugging Face directory, or a hub id once fetched"
     )
-    parser.add_argument("--problems", default="", help="where problems are (default for a run: its held-out set)")
-    parser.add_argument(
-        "--set", default="", metavar="NAME", help="a set as in evaluation.sets, e.g. math500, instead of --problems"
+    measured_on = parser.add_mutually_exclusive_group()
+    measured_on.add_argument(
+        "--problems", default="", metavar="FILE", help="where problems are (default for a run: its held-out set)"
     )
+    measured_on.add_argument("--set", default="", metavar="NAME", help="a set as in evaluation.sets, e.g. math500")
     parser.add_argument("--step", type=int, metavar="N", help="of a run: its checkpoint of step N; 0: as it began")
-    parser.add_argument("--out", type=Path, help="JSON file to write (default for a run: eval/PROBLEMS.json)")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON file to write (default for a run: eval/PROBLEMS.json)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="values as JSON, or plain text")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -9,8 +9,10 @@ SIGHUP with 143.
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,16 +79,35 @@ def make_parser(configured: Sequence[str]) -> argparse.ArgumentParser:
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Wrapped,
         )
         if name in configured:
             command_module(name).configure(command)
     return parser
 
 
+class _Wrapped(argparse.RawDescriptionHelpFormatter):
+    """Prose fits the terminal; lines that hold columns or something to type stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(self._wrapped(indent + line, width) for line in text.splitlines())
+
+    def _wrapped(self, line: str, width: int) -> str:
+        words = line.lstrip()
+        if len(line) <= width or "  " in words or words.startswith(("e.g.", "'")):
+            return line
+        margin = line[: len(line) - len(words)]
+        return textwrap.fill(words, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Parse, with overrides wherever they stand: argparse takes ``nargs="*"`` from one place of the line only."""
     parser = make_parser([word for word in argv if word in COMMANDS][:1])
+    if argv and argv[0][:1] != "-" and argv[0] not in COMMANDS:
+        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        parser.error(
+            f"no command {argv[0]!r}. " + (f"Did you mean {close[0]}?" if close else f"Type {parser.prog} --help.")
+        )
     options, rest = parser.parse_known_args(argv)
     if rest and not (hasattr(options, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

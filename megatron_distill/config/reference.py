@@ -36,13 +36,15 @@ EXAMPLES = {
 def field_help(prefix: str = "") -> str:
     """Every field whose name starts with ``prefix``, by section: its type, default, range and meaning; and an example."""
     parts = []
+    has_schedules = False
     for section, rows in _sections(prefix):
+        has_schedules |= any(about.startswith("schedule") for _, about, _, _ in rows)
         lines = [f"  e.g. {EXAMPLES[section]}"]
         lines += [
             f"  {where}  ({about}){only and f'  [{only}]'}\n      {meaning}" for where, about, only, meaning in rows
         ]
         parts.append("\n".join(lines))
-    return "\n\n".join([*parts, f"  {SCHEDULES}"])
+    return "\n\n".join([*parts, f"  {SCHEDULES}"] if has_schedules else parts)
 
 
 def markdown() -> str:

@@ -277,7 +277,7 @@ def _check_target(target: Path, overwrite: bool, sources: Iterable[str | Path]) 
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(
             f"{target}: exists and is not empty. A model is never written over another by accident. Give a new path, "
-            "or ask to overwrite it."
+            "or overwrite it: --overwrite."
         )
     try:
         marks.check_replaceable(target, "target")

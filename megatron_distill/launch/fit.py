@@ -204,11 +204,11 @@ def render(config: RunConfig, student: HfConfig, result: Search, gpus: int) -> s
     lines += ["seconds of a step on paper (a model of H100s, for the order only), by what takes them:", ""]
     for one in _distinct(result.found)[:SHOWN]:
         spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in one.seconds.items() if seconds >= 0.005)
-        lines += [
+        lines.append(
             f"{one.step_s:8.2f} s  {one.gib:5.1f} GiB  {layout_line(one.config, student)}, micro-batches of "
-            f"{one.config.micro_batch_rollouts}",
-            f"{'':21}{spent}",
-        ]
+            f"{one.config.micro_batch_rollouts}"
+        )
+        lines += [f"{'':21}{spent}"] if spent else []
     lines += ["", f"first: {_reason(result.found)}", f"type:  {overrides_of(result.found[0].config)}"]
     return "\n".join(lines)
 
