@@ -11,7 +11,16 @@ from megatron_distill import config as config_module
 from megatron_distill.config import RunConfig
 from megatron_distill.config.loading import every
 from megatron_distill.errors import ConfigError, DistillError
-from megatron_distill.launch.pipeline import Evaluations, Pipeline, Stage, all_of, at_least, not_worse, run_pipeline
+from megatron_distill.launch.pipeline import (
+    Evaluations,
+    Pipeline,
+    Stage,
+    all_of,
+    at_least,
+    dry_run,
+    not_worse,
+    run_pipeline,
+)
 from megatron_distill.runs.run_folder import RunFolder
 from tests.support.made_up import leave_finished_run
 
@@ -110,3 +119,23 @@ def test_a_gate_may_ask_for_any_set() -> None:
     assert all_of(not_worse(), at_least(0.6))(measured) is None
     with pytest.raises(ConfigError, match="was measured on heldout, aime24"):
         not_worse(evaluation_set="amc23")(measured)
+
+
+@pytest.mark.slow
+def test_a_dry_run_checks_and_starts_nothing(tmp_path: Path) -> None:
+    """Each stage, its steps and the student it would begin from, or that it has finished; an unsound one is refused."""
+    made = MadeUpStages(distil=(0.3, 0.5))
+    told = dry_run(two_stages(), tmp_path).splitlines()
+    assert told[0] == f"p: sound. It would run, in {tmp_path}:"
+    assert told[1].endswith(f"steps 1 to 40, from {tiny.MODELS / 'student'}")
+    assert told[2].endswith(f"from {tmp_path / 'distil' / 'hf'}")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DistillError):
+        run_pipeline(two_stages(), tmp_path, made)
+    assert "nothing: it has finished" in dry_run(two_stages(), tmp_path)
+    unsound = replace(
+        two_stages().stages[1],
+        config=replace(tiny.quickstart(), student=replace(tiny.quickstart().student, path="none")),
+    )
+    with pytest.raises(ConfigError, match="pipeline stage 'rl'"):
+        dry_run(replace(two_stages(), stages=(two_stages().stages[0], unsound)), tmp_path)

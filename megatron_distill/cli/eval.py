@@ -9,7 +9,8 @@ from megatron_distill import config as config_module
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     fields = [config_module.field_help(section) for section in ("evaluation.", "servers.student_")]
-    parser.epilog = "\n\n".join(["fields (defaults):", *fields])
+    columns = "  and how problems are read (train --help):  data.prompt_key=question data.answer_marker='####'"
+    parser.epilog = "\n\n".join(["fields (defaults):", *fields, columns])
     parser.description = (
         "Measure a model on problems, on servers of its own. Responses are kept from the first on: the same command again, "
         "after it was interrupted, draws only the rest."

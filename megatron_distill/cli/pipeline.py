@@ -12,12 +12,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help=NAME_HELP)
     parser.add_argument("--dir", type=Path, help="where the stages' run folders go (default: runs/NAME)")
     add_cluster(parser, "stage")
+    parser.add_argument("--dry-run", action="store_true", help="check every stage, start none")
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the stages that have not finished."""
-    from megatron_distill.launch.pipeline import Pipeline, run_pipeline
+    from megatron_distill.launch.pipeline import Pipeline, dry_run, run_pipeline
 
     pipeline = load_made(options.name, Pipeline, "pipeline")
     folder = (options.dir or Path("runs") / pipeline.name).absolute()
+    if options.dry_run:
+        print(dry_run(pipeline, folder))
+        return
     print(run_pipeline(pipeline, folder, chosen_train(options)))

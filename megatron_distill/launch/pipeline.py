@@ -124,10 +124,7 @@ def run_pipeline(pipeline: Pipeline, folder: Path, train: Train) -> str:
     """
     from megatron_distill.pages.compare import compare_runs  # which draws, and recipes import this module
 
-    pipeline = replace(
-        pipeline, stages=tuple(replace(stage, config=hub.resolved(stage.config)) for stage in pipeline.stages)
-    )
-    check_pipeline(pipeline)
+    pipeline = _sound(pipeline)
     model: str | None = None
     tables = []
     runs = [RunFolder(folder / stage.name) for stage in pipeline.stages]
@@ -153,6 +150,34 @@ def run_pipeline(pipeline: Pipeline, folder: Path, train: Train) -> str:
         compare_runs(runs, page)
         told += f"\n  page:  {page}"
     return told
+
+
+def dry_run(pipeline: Pipeline, folder: Path) -> str:
+    """Check every stage and start none.
+
+    Returns:
+        What would be run, and from what.
+
+    Raises:
+        ConfigError: a stage is unsound.
+    """
+    lines = [f"{pipeline.name}: sound. It would run, in {folder}:"]
+    source = ""
+    for stage in _sound(pipeline).stages:
+        run, config = RunFolder(folder / stage.name), stage.config
+        todo = f"steps {run.latest_checkpoint_step() + 1} to {config.num_steps}"
+        if run.has_finished(config.num_steps):
+            todo = "nothing: it has finished"
+        lines.append(f"  {stage.name:<12} {todo}, from {source or config.student.path}")
+        source = str(run.hf)
+    return "\n".join(lines)
+
+
+def _sound(pipeline: Pipeline) -> Pipeline:
+    stages = tuple(replace(stage, config=hub.resolved(stage.config)) for stage in pipeline.stages)
+    pipeline = replace(pipeline, stages=stages)
+    check_pipeline(pipeline)
+    return pipeline
 
 
 def check_pipeline(pipeline: Pipeline) -> None:
