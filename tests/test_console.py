@@ -15,7 +15,7 @@ from megatron_distill.recipes.tiny import quickstart
 from megatron_distill.runs import console as console_module
 from megatron_distill.runs.console import Console, all_metrics, clock, evaluation_line, step_line
 from megatron_distill.runs.metrics import METRICS, check_declared, markdown, means
-from megatron_distill.runs.run_folder import RunFolder, append
+from megatron_distill.runs.run_folder import HELDOUT, RunFolder, append, read_json, write_json
 from megatron_distill.runs.summary import closing_summary, closing_table
 from megatron_distill.training.step_metrics import expert_load
 from tests.support.made_up import leave_finished_run
@@ -126,8 +126,11 @@ def test_the_summary_fits_a_chat_and_names_no_place_of_this_machine(tmp_path: Pa
     step = {"loss": 0.5, "step_s": 60.0, "rollout_s": 30.0, "train_s": 15.0, "tokens_per_s": 100.0}
     measured = {key: value for key, value in evaluation(40).items() if key not in ("step", "k")}
     leave_finished_run(quickstart(), folder, {0: measured, 3: measured}, [step | {"step": float(n)} for n in (1, 2, 3)])
+    (folder.evals / "math500").mkdir()
+    write_json(folder.evaluation("math500", 3), read_json(folder.evaluation(HELDOUT, 3)))
     text = closing_summary(folder)
     assert all(len(line) <= 80 for line in text.splitlines())
+    assert any(line.split()[:3] == ["math500", "step", "3"] for line in text.splitlines())
     for part in (
         "3 steps of 64 responses, 3 min",
         "student tiny_models/student, seed 1",

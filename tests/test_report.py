@@ -19,7 +19,7 @@ from megatron_distill.pages.plots import Panel, Series, curves, stacked
 from megatron_distill.pages.report import write_report
 from megatron_distill.pages.run_record import read_run
 from megatron_distill.runs.metrics import BY_NAME
-from megatron_distill.runs.run_folder import HELDOUT, RunFolder, append
+from megatron_distill.runs.run_folder import HELDOUT, RunFolder, append, write_json
 from megatron_distill.training.curriculum import Measurement, make_curriculum
 from tests.support.made_up import leave_finished_run
 
@@ -115,6 +115,17 @@ def test_report_shows_all_that_the_folder_tells(tmp_path: Path) -> None:
         assert expected in page.text, expected
     assert [name for name in BY_NAME if f"<td><code>{name}</code></td>" in page.source] == measured
     assert page.text.count(HOSTILE) == 4
+
+
+@pytest.mark.slow
+def test_every_set_that_was_evaluated_is_shown(tmp_path: Path) -> None:
+    """In a section of its own, before and after."""
+    folder = make_run(tmp_path / "run")
+    (folder.evals / "math500").mkdir()
+    for step, avg in ((0, 0.25), (12, 0.625)):
+        write_json(folder.evaluation("math500", step), {"summary": summary(step, avg), "responses": []})
+    page = write_report(folder).read_text()
+    assert "Accuracy on math500" in page and "0.625" in page
 
 
 @pytest.mark.slow

@@ -52,6 +52,10 @@ def write_report(folder: RunFolder, at_end: bool = False) -> Path:
     environment = folder.root / "env.json"
     sections = [
         ("Held-out accuracy", _evaluations(run)),
+        *(
+            (f"Accuracy on {name}", _evaluations(replace(run, evaluations=found)))
+            for name, found in run.further.items()
+        ),
         ("Training", _training_plots(run)),
         ("Timeline", timeline_section(read_spans(folder.timeline))),
         ("Curriculum", _decisions(run)),
@@ -88,7 +92,7 @@ def _evaluations(run: RunRecord) -> Html:
     header = ["", *(f"step {summary['step']}" for summary in shows), *(["change"] if len(shows) == 2 else [])]
     rows = [_summary_row(label, shows, key, form) for label, key, form in evaluation_rows(last["k"], shows)]
     rows.append(["ended by", *(_stop_reasons(summary["stop_reasons"]) for summary in shows)])
-    sizes = f"{last['num_problems']} held-out problems, {last['k']} samples each, judged by math-verify; "
+    sizes = f"{last['num_problems']} problems, {last['k']} sample{'s' * (last['k'] != 1)} each; "
     note = element("p", sizes + "in brackets 95% intervals, by bootstrap over problems", "soft")
     return Html(f"{table(header, rows)}\n{note}\n{_accuracy_plot(run) if len(run.evaluations) > 1 else ''}")
 

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_distill.config import all_fields, flatten, plain_value
 from megatron_distill.errors import DataError
 from megatron_distill.pages.plots import Floats, Series
-from megatron_distill.runs.run_folder import RunFolder, read_json, read_lines
+from megatron_distill.runs.run_folder import HELDOUT, RunFolder, read_json, read_lines
 from megatron_distill.training.curriculum import valid_records
 
 ABSENT = "-"
@@ -29,6 +29,7 @@ class RunRecord:
         config: dotted field name -> plain value, as written when the run started.
         steps: metrics, one record a step.
         evaluations: summaries, in step order.
+        further: the same of each set beside the held-out one, by its name.
         decisions: of the curriculum, those that count.
         samples: responses kept along the way.
         is_finished: whether it ran to its end.
@@ -39,6 +40,7 @@ class RunRecord:
     config: dict[str, Any]
     steps: list[dict[str, float]]
     evaluations: list[dict[str, Any]]
+    further: dict[str, list[dict[str, Any]]]
     decisions: list[Mapping[str, Any]]
     samples: list[dict[str, Any]]
     is_finished: bool
@@ -92,6 +94,7 @@ def read_run(folder: RunFolder) -> RunRecord:
     if not folder.config.exists():
         raise DataError(f"{where}: has no {folder.config.name}, so it is not a run folder. {remedy}")
     config, evaluations = read_json(folder.config), folder.evaluations()
+    further = {name: folder.evaluations(name) for name in folder.evaluated_sets() if name != HELDOUT}
     steps = folder.steps()
     failure = folder.first_failure()
     if not steps and not evaluations:
@@ -102,6 +105,7 @@ def read_run(folder: RunFolder) -> RunRecord:
         config=flatten(config),
         steps=steps,
         evaluations=evaluations,
+        further=further,
         decisions=valid_records(read_lines(folder.curriculum)),
         samples=[record for record in read_lines(folder.samples) if _is_sample(record)],
         is_finished=folder.finished.exists(),

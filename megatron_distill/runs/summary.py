@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_distill.runs.metrics import BY_NAME
-from megatron_distill.runs.run_folder import RunFolder, read_json
+from megatron_distill.runs.run_folder import HELDOUT, RunFolder, read_json
 
 _TRAINED = ("loss", "reward", "forward_kl_nats", "reverse_kl_nats", "student_entropy_nats", "response_tokens")
 _PHASES = ("rollout_s", "score_s", "train_s", "sync_s")
@@ -23,19 +23,19 @@ def closing_summary(folder: RunFolder) -> str:
         f"  student {_short(config['student']['path'])}, seed {config['seed']}",
         f"  teacher {_short(config['teacher']['path'])}, {config['teacher']['transport']}",
     ]
-    if evaluations := folder.evaluations():
-        lines += ["", closing_table(evaluations)]
+    for name in folder.evaluated_sets():
+        lines += ["", closing_table(folder.evaluations(name), "held out" if name == HELDOUT else name)]
     if steps:
         lines += ["", _trained(steps), "", f"  {_times(steps)}"]
     return "\n".join(lines)
 
 
-def closing_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """The first and the last evaluation side by side."""
+def closing_table(evaluations: Sequence[Mapping[str, Any]], title: str = "held out") -> str:
+    """The first and the last evaluation on a set side by side."""
     first, last = evaluations[0], evaluations[-1]
     k = last["k"]
     rows = [
-        ("held out", f"step {first['step']}", f"step {last['step']}"),
+        (title[:24], f"step {first['step']}", f"step {last['step']}"),
         (f"Avg@{k}", *(_with_interval(e, "avg_at_k") for e in (first, last))),
         (f"Pass@{k}", *(_with_interval(e, "pass_at_k") for e in (first, last))),
         *([(f"maj@{k}", *(_with_interval(e, "maj_at_k") for e in (first, last)))] if "maj_at_k" in first else []),
@@ -65,7 +65,7 @@ def _times(steps: Sequence[Mapping[str, float]]) -> str:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    return "\n".join(f"  {name:<16}{before:>24}{after:>24}" for name, before, after in rows)
+    return "\n".join(f"  {name:<24}{before:>24}{after:>24}" for name, before, after in rows)
 
 
 def _with_interval(summary: Mapping[str, Any], name: str) -> str:
