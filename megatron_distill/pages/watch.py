@@ -34,7 +34,7 @@ from urllib.parse import parse_qs, urlsplit
 from megatron_distill.errors import DataError
 from megatron_distill.runs.follower import record_of
 from megatron_distill.runs.metrics import METRICS
-from megatron_distill.runs.run_folder import RunFolder, read_json
+from megatron_distill.runs.run_folder import HELDOUT, RunFolder, read_json
 
 _LOG_BYTES = 60_000
 _MOST_BYTES = 8 << 20  # of one answer: a long run comes in several
@@ -177,6 +177,7 @@ def _state(folder: RunFolder) -> dict[str, Any]:
         "job": read_json(job) if job.exists() else None,
         "processes": processes(folder),
         "evaluations": folder.evaluations(),
+        "further": {name: folder.evaluations(name) for name in folder.evaluated_sets() if name != HELDOUT},
         "logs": [
             {"name": path.name, "bytes": path.stat().st_size, "changed": path.stat().st_mtime} for path in _logs(folder)
         ],

@@ -110,8 +110,9 @@ function drawHead() {
 function drawCurves() {
   const all = [...steps.values()].sort((a, b) => a.step - b.step);
   const cards = CARDS.map(([title, names]) => [title, names.map((name) => [name, all.filter((r) => name in r).map((r) => [r.step, r[name]])])]);
-  const measured = state.evaluations.map((e) => [e.step, e.avg_at_k]), passed = state.evaluations.map((e) => [e.step, e.pass_at_k]);
-  cards.unshift(["Held-out accuracy", [["Avg@k", measured], ["Pass@k", passed]]]);
+  const accuracy = (found) => [["Avg@k", found.map((e) => [e.step, e.avg_at_k])], ["Pass@k", found.map((e) => [e.step, e.pass_at_k])]];
+  const further = Object.entries(state.further).map(([name, found]) => [`Accuracy on ${name}`, accuracy(found)]);
+  cards.unshift(["Held-out accuracy", accuracy(state.evaluations)], ...further);
   const shown = cards.map(([title, series]) => [title, series.filter(([, points]) => points.length)]).filter(([, series]) => series.length);
   if (!shown.length) {
     byId("cards").replaceChildren(make("p", "Nothing was measured yet.", {class: "soft"}));
