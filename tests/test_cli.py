@@ -195,3 +195,13 @@ def test_a_mistyped_command_is_named_with_the_likely_one(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["eval", "model", "--problems", "mine.jsonl", "--set", "gsm8k"])
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly() -> None:
+    """As in ``megatron-distill show RECIPE | head``: no traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "megatron_distill.cli.main", "completion", "bash"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -4,13 +4,15 @@ In: what was typed. Out: an exit code. A command's file has ``configure(parser)`
 ``run(options)``; it is imported when its command is typed, and what it needs when it runs, so that ``--help`` stays quick.
 
 A user's error is printed without a traceback and ends with code 1. Ctrl-C stops everything and ends with code 130, SIGTERM and
-SIGHUP with 143.
+SIGHUP with 143. Output that nobody reads any more (``| head``) ends it with 141.
 """
 
 import argparse
 import contextlib
 import difflib
 import importlib
+import os
+import select
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -49,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with signals.as_interrupts():
             options = _parse(sys.argv[1:] if argv is None else list(argv))
             command_module(options.command).run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        return 141  # as of a program that SIGPIPE ends
     except DistillError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -58,6 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{told}", file=sys.stderr, flush=True)
         return getattr(stop, "code", 130)
     return 0
+
+
+def _reader_has_gone() -> bool:
+    """Whether it was ``| head`` that ended; what is left to print then goes nowhere, quietly."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def command_module(command: str) -> Any:
