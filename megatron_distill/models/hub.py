@@ -104,7 +104,7 @@ def fetch(text: str, kind: Kind) -> Path:
         raise ConfigError(
             f"fetch = {text!r}: no hub id. It reads owner/name, with @revision if you want a certain one."
         )
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
     where = f"{kind} {found['id']}" + (f" at revision {found['revision']}" if found["revision"] else "")
     try:
@@ -128,8 +128,9 @@ def fetch(text: str, kind: Kind) -> Path:
         errors.IncompleteSnapshotError,
         OSError,
     ) as error:
+        reason = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else str(error).splitlines()[0][:160]
         raise ConfigError(
-            f"{where}: not on this machine, and the hub cannot be reached ({str(error).splitlines()[0][:160]}). Fetch it where "
+            f"{where}: not on this machine, and the hub cannot be reached ({reason}). Fetch it where "
             "there is a network, into a cache that this machine sees (HF_HOME), or copy the directory and name its path."
         ) from error
     return Path(folder)
