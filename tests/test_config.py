@@ -49,6 +49,7 @@ def test_unknown_keys_and_wrong_types_are_all_reported_with_a_suggestion() -> No
         ("tp=2", "unknown key. Did you mean student.parallel.tp?"),
         ("data.temperature=2", "Did you mean rollouts.temperature or distill.temperature or evaluation.temperature?"),
         ("micro_batch_rollouts=7", "must be a multiple"),
+        ("micro_batch_rollouts=128", "Set micro_batch_rollouts=64."),
         ("distill.temperature=2.0", "tail bucket"),
         ("rollouts.student_prefix_frac=-0.1", "share"),
         ("rl.weight=1.0", "rollouts_per_prompt"),

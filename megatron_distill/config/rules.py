@@ -4,6 +4,7 @@ In: a ``RunConfig``. Out: a line for every rule that it breaks, naming the value
 """
 
 import itertools
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -90,11 +91,13 @@ def problems_of(config: RunConfig) -> list[str]:
     _flag_rules(config, rule)
     _teacher_rules(config, rule)
     share = config.student.parallel.dp * config.micro_batch_rollouts
+    largest = math.gcd(config.micro_batch_rollouts, config.rollouts_per_step // config.student.parallel.dp)
     rule(
         config.micro_batch_tokens > 0 or config.rollouts_per_step % share == 0,
         "micro_batch_rollouts",
         f"rollouts.prompts_per_step * rollouts.rollouts_per_prompt = {config.rollouts_per_step} must be a multiple of "
-        f"student.parallel.dp * micro_batch_rollouts = {share}, so that every replica gets the same number of micro-batches.",
+        f"student.parallel.dp * micro_batch_rollouts = {share}, so that every replica gets the same number of micro-batches. "
+        f"Set micro_batch_rollouts={largest}.",
     )
     rule(
         config.rollouts.prompts_per_step % config.student.parallel.dp == 0,
