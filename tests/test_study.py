@@ -21,7 +21,16 @@ from megatron_distill.study import run as study_module
 from megatron_distill.study.claims import holm, judge, judge_all, sentence, verdict_on_claim
 from megatron_distill.study.design import MEASURES, Arm, Comparison, Group, Question, Study, StudyFigure, check_study
 from megatron_distill.study.page import main as redraw
-from megatron_distill.study.results import CURVE_POINTS, CURVES, Interval, Results, load, over_seeds, save
+from megatron_distill.study.results import (
+    CURVE_POINTS,
+    CURVES,
+    Interval,
+    Results,
+    load,
+    over_seeds,
+    read_result,
+    save,
+)
 from megatron_distill.study.run import run_study
 from tests.support.made_up import leave_finished_run
 
@@ -408,6 +417,25 @@ def test_costs_add_up_over_the_steps(runs: MadeUpRuns, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_a_run_went_through_is_kept_beside_where_it_ended(tmp_path: Path) -> None:
+    """Longest responses, lowest entropy and mean accuracy of the evaluations so far, the one before training left out."""
+    evaluated = {
+        0: {"avg_at_k": 0.9, "pass_at_k": 0.9, "response_tokens": 200.0, "entropy_nats": 0.01},
+        3: {"avg_at_k": 0.1, "pass_at_k": 0.1, "response_tokens": 150.0, "entropy_nats": 0.05},
+        6: {"avg_at_k": 0.7, "pass_at_k": 0.7, "response_tokens": 25.0, "entropy_nats": 0.2},
+    }
+    steps = [
+        {"step": float(step), "response_tokens": 60.0, "student_prefix_frac": 1.0, "step_s": 1.0}
+        for step in range(1, 7)
+    ]
+    folder = RunFolder(tmp_path / "run")
+    leave_finished_run(arm("low", 0.0).config, folder, evaluated, steps)
+    before, middle, end = read_result("low", 1, folder).evaluations
+    assert math.isnan(before["peak_response_tokens"])
+    assert (middle["path_avg_at_k"], middle["peak_response_tokens"], middle["low_entropy_nats"]) == (0.1, 150, 0.05)
+    assert (end["path_avg_at_k"], end["peak_response_tokens"], end["low_entropy_nats"]) == (0.4, 150, 0.05)
+
+
 def test_results_are_small_without_paths_and_enough_to_redraw(runs: MadeUpRuns, tmp_path: Path) -> None:
     """The file is valid JSON, loads to what was saved, names no folder, and alone gives the same pages again."""
     run_study(small_study(draw=True), tmp_path / "study", runs)

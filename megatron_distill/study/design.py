@@ -43,6 +43,13 @@ MEASURES: dict[str, Measure] = {
     ),
     "response_tokens": Measure("length, tokens", ".1f", "mean length of held-out responses"),
     "truncated_frac": Measure("truncated", ".3f", "share of held-out responses cut at the evaluation's cap"),
+    "path_avg_at_k": Measure("Avg@k on the way", ".3f", "mean of Avg@k over the evaluations after the first"),
+    "peak_response_tokens": Measure(
+        "longest, tokens", ".1f", "largest mean length of held-out responses at an evaluation after the first"
+    ),
+    "low_entropy_nats": Measure(
+        "lowest entropy, nats", ".3f", "smallest predictive entropy at an evaluation after the first"
+    ),
     "horizon_tokens": Measure("horizon, tokens", ".0f", "cap on response length in the last training step"),
     "student_tokens": Measure("tokens by student", ",.0f", "tokens that the student sampled for training"),
     "teacher_tokens": Measure("tokens by teacher", ",.0f", "tokens that the teacher sampled for training"),

@@ -8,7 +8,7 @@ committed beside the command that made it.
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -242,16 +242,31 @@ def read_result(arm: str, seed: int, folder: RunFolder) -> RunResult:
     costs = _cumulative_costs(run)
     steps = run.column("step")
     evaluations = []
-    for summary in run.evaluations:
+    for index, summary in enumerate(run.evaluations):
         done = int(np.searchsorted(steps, summary["step"], side="right"))
         numbers = {name: float(value) for name, value in summary.items() if isinstance(value, int | float)}
         numbers["gain_avg_at_k"] = summary["avg_at_k"] - run.evaluations[0]["avg_at_k"]
+        numbers |= _so_far(run.evaluations[1 : index + 1])
         numbers["horizon_tokens"] = float(run.column("horizon_tokens")[done - 1]) if done else math.nan
         numbers |= {name: float(values[done - 1]) if done else 0.0 for name, values in costs.items()}
         evaluations.append(_rounded(numbers))
     kept = [name for name in CURVES if run.has(name)]
     curves = {name: _stretch_means(run.column(name)) for name in ("step", *kept)}
     return RunResult(arm, seed, evaluations, curves)
+
+
+def _so_far(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a run went through up to an evaluation; nan before its first step, where all arms are alike."""
+    if not evaluations:
+        return dict.fromkeys(("path_avg_at_k", "peak_response_tokens", "low_entropy_nats"), math.nan)
+    accuracies, lengths, entropies = (
+        [one[measure] for one in evaluations] for measure in ("avg_at_k", "response_tokens", "entropy_nats")
+    )
+    return {
+        "path_avg_at_k": float(np.mean(accuracies)),
+        "peak_response_tokens": max(lengths),
+        "low_entropy_nats": min(entropies),
+    }
 
 
 def _cumulative_costs(run: RunRecord) -> dict[str, Floats]:
