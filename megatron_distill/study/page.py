@@ -96,12 +96,11 @@ def _status(results: Results) -> str:
 def _notes(results: Results) -> list[str]:
     """How to read the numbers, so that no more is read into them than they hold."""
     num_judged = sum(len(question.comparisons) for question in results.questions)
-    sizes = results.runs[0].evaluations[-1] if results.runs else {}
-    evaluated = (
-        f"{sizes['num_problems']:.0f} held-out problems, {sizes['k']:.0f} samples of each (k), at the last step of each run. "
-        if sizes
-        else ""
-    )
+    evaluated = ""
+    if results.runs:
+        sizes = results.runs[0].evaluations[-1]
+        samples = "one sample of each" if sizes["k"] == 1 else f"{sizes['k']:.0f} samples of each (k)"
+        evaluated = f"{sizes['num_problems']:.0f} held-out problems, {samples}, at the last step of each run. "
     return [
         f"{evaluated}In brackets: 95% t-interval of the mean over seeds; a number without brackets has one seed, or is the "
         "same for all. All runs answer the same held-out problems, so the intervals do not say what other problems would "
