@@ -80,6 +80,7 @@ def test_the_laptops_commands(place: Path, capsys: pytest.CaptureFixture[str]) -
     assert (place / "models" / "mine-80" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("section", "gpus"), [(NODE, 8), (NODES, 32)])
 def test_the_commands_of_nodes(section: str, gpus: int, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Plans are made and fit, job scripts are printed, configs break no rule; a recipe takes as many GPUs as the page says."""

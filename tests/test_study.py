@@ -436,6 +436,7 @@ def test_what_a_run_went_through_is_kept_beside_where_it_ended(tmp_path: Path) -
     assert (end["path_avg_at_k"], end["peak_response_tokens"], end["low_entropy_nats"]) == (0.4, 150, 0.05)
 
 
+@pytest.mark.slow
 def test_results_are_small_without_paths_and_enough_to_redraw(runs: MadeUpRuns, tmp_path: Path) -> None:
     """The file is valid JSON, loads to what was saved, names no folder, and alone gives the same pages again."""
     run_study(small_study(draw=True), tmp_path / "study", runs)

@@ -151,6 +151,7 @@ def test_hidden_states_and_scores_share_a_cache_without_meeting(tmp_path: Path) 
     assert inner.num_asked == 1
 
 
+@pytest.mark.slow
 @unhurried
 @given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20), st.sampled_from(["stop", "length"]), st.text())
 def test_generations_survive_bit_for_bit(response_ids: list[int], reason: Any, version: str) -> None:
