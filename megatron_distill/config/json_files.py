@@ -18,9 +18,18 @@ def text_of(path: Path) -> str:
         OSError: there is no such file, it is none, or it cannot be read.
         ValueError: it holds no UTF-8.
     """
+    require_regular(path)
+    return path.read_text(encoding="utf-8")
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what is no file to be read from beginning to end.
+
+    Raises:
+        OSError: there is nothing, or something else.
+    """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "is no regular file", str(path))
-    return path.read_text(encoding="utf-8")
 
 
 def json_of(path: Path) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_distill.config.json_files import require_regular
 from megatron_distill.errors import CheckpointError
 
 _ALLOWED = {
@@ -70,8 +71,7 @@ def read_metadata(directory: Path) -> Metadata:
     """
     path = directory / ".metadata"
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("is no regular file")  # a pipe would be waited for
+        require_regular(path)
         metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
         if not isinstance(metadata, Metadata):
             raise TypeError(f"holds a {type(metadata).__name__}")

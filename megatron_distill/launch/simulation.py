@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_distill.errors import ConfigError
+from megatron_distill.rollouts.source import IN_FLIGHT
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Design:
     @property
     def drains(self) -> bool:
         """Whether what is being drawn ends before each push."""
-        return self.ahead < 2
+        return self.ahead < IN_FLIGHT
 
 
 @dataclass(frozen=True)

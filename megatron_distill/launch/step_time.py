@@ -18,6 +18,7 @@ from megatron_distill.launch.launch import server_groups
 from megatron_distill.launch.memory import WEIGHT_BYTES, num_parameters, server_memory
 from megatron_distill.launch.simulation import Design, Play, Response, Servers, Setting, Shares, Span, Step, play
 from megatron_distill.models.hf_config import HfConfig
+from megatron_distill.rollouts.source import IN_FLIGHT
 
 MEMORY_BYTES_PER_S = 0.8 * 3.35e12  # that decoding reads weights and cache with: 80 % of an H100's peak
 TOKEN_S = 2e-3  # of a decoding step, however small the model: kernels, sampling, the scheduler
@@ -167,7 +168,7 @@ class Row:
 def rows(config: RunConfig, paper: Paper) -> list[Row]:
     """Every design, the slowest first."""
     own = config.rollouts.max_staleness_steps
-    in_flight = own if own > 1 else IN_FLIGHT_STEPS
+    in_flight = own if own >= IN_FLIGHT else IN_FLIGHT_STEPS
     designs = {
         "one after the other": Design(0, streams=False),
         "scores streamed": Design(0),
@@ -178,10 +179,9 @@ def rows(config: RunConfig, paper: Paper) -> list[Row]:
     for name, design in designs.items():
         first = WARM_UP_STEPS * (1 + design.ahead)
         last = first + max(NUM_STEPS, NUM_RESPONSES // number)
-        drawn, capped = [], []
-        for step in range(last + design.ahead):
-            drawn.append(_step(config, paper, made_up_lengths(longest, number, config.seed + step)))
-            capped.append(_step(config, paper, [longest] * number))
+        num_steps = last + design.ahead
+        drawn = [_step(config, paper, made_up_lengths(longest, number, config.seed + n)) for n in range(num_steps)]
+        capped = [_step(config, paper, [longest] * number)] * num_steps
         played = play(drawn, paper.setting, design)
         capped_s = play(capped, paper.setting, design).shares(first, last).step_s
         made.append(Row(name, design, played, first, played.shares(first, last), capped_s))
