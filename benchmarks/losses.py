@@ -1,6 +1,6 @@
 """What the losses cost and how right they are: time, memory kept, peak memory, collectives and gradient error, against others.
 
-    python -m benchmarks.losses --json docs/figures/losses_speed.json      # every row: ten minutes on two idle cores
+    python -m benchmarks.losses --json docs/figures/losses_speed.json      # every row: six minutes on two idle cores
     python -m benchmarks.losses --quick                                    # every row on small tensors: does it all run?
     python -m benchmarks.losses --only fp32 bf16                           # some parts
     python -m benchmarks.losses --device cuda                              # the parts that one GPU can have
