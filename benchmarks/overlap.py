@@ -5,11 +5,12 @@
     python benchmarks/overlap.py --json out.json    the rows, for docs/figures/overlap.py
 
 The servers answer as SGLang does, after the time that a large model would take: a fixed time a token for the student, whatever
-else it writes (up to a number of responses at once, the rest wait), and a time a sequence for the teacher. Nothing is computed
-for an answer, so both cores belong to the trainer. The bound of a step is the sum of its phases where one follows the other,
-and the longer of drawing (write, score) and training (train, sync) where they overlap; the phases are those measured at
-staleness 0, in the same run of this program. In flight no step waits for its own longest response: the bound is then the longer
-of training and of the work that a step gives the servers' seats, all of them taken.
+else it writes (up to a number of responses at once, the rest wait), a time a sequence for the teacher, and a time to load
+weights, in which nobody writes. Nothing is computed for an answer, so both cores belong to the trainer. The bound of a step is
+the sum of its phases where one follows the other, and the longer of drawing (load, write, score) and training (train, gather
+weights) where they overlap; the phases are those measured at staleness 0, in the same run of this program. In flight no step
+waits for its own longest response: the bound is then the longer of training and of the work that a step gives the servers'
+seats, all of them taken, and of loading.
 
 "simulated" is the mean step, measured / said by ``launch.simulation``, which ``megatron-distill plan`` prints: played with the
 lengths, latencies and seats of these servers, and with what training and pushes took in the very run. What it leaves out (HTTP,
@@ -48,7 +49,7 @@ Json = dict[str, Any]
 STEPS, WARM_UP = 14, 5
 STALENESS = (0, 1, 2, 4)
 HORIZON_TOKENS = 160
-STUDENT_TOKEN_S, TEACHER_SEQUENCE_S = 0.012, 0.02
+STUDENT_TOKEN_S, TEACHER_SEQUENCE_S, LOAD_S = 0.012, 0.02, 0.3
 AT_ONCE = 64  # responses that one server writes at a time
 PROMPTS = 64
 SWEEPS = {"rollouts": (16, 32, 64, 128, 256), "horizon_tokens": (40, 80, 160, 320), "replicas": (1, 2, 4, 8)}
@@ -75,10 +76,15 @@ class Emulated(ThreadingHTTPServer):
     def __init__(self, model_dir: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.info = {"model_path": model_dir, "weight_version": "0"}
-        self.changes = [(time.monotonic(), "0")]  # since when it has served which weights
+        self.stood_s = 0.0  # still, loading weights
+        self.changes = [(self.clock(), "0")]  # since when it has served which weights
         self.seats = threading.Semaphore(AT_ONCE)
         self.work_s, self.lock = 0.0, threading.Lock()  # that its seats were taken, added up
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def clock(self) -> float:
+        """Seconds that stand still while weights are loaded."""
+        return time.monotonic() - self.stood_s
 
     @property
     def url(self) -> str:
@@ -95,7 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
         if self.path == "/update_weights_from_disk":
-            self.server.changes.append((time.monotonic(), request["weight_version"]))
+            self.server.changes.append((self.server.clock(), request["weight_version"]))
+            self.server.stood_s += LOAD_S  # from here on: who is writing sleeps for longer
+            time.sleep(LOAD_S)
             self.server.info |= {key: request[key] for key in ("model_path", "weight_version")}
             self._reply({"success": True, "message": ""})
         elif self.path != "/generate":
@@ -116,8 +124,9 @@ class _Handler(BaseHTTPRequestHandler):
             ids[-1] = params["stop_token_ids"][0]
             finish = {"type": "stop", "matched": ids[-1]}
         with self.server.seats:
-            began = time.monotonic()
-            time.sleep(length * STUDENT_TOKEN_S)
+            began = self.server.clock()
+            while (left := began + length * STUDENT_TOKEN_S - self.server.clock()) > 0:
+                time.sleep(left)
         with self.server.lock:
             self.server.work_s += length * STUDENT_TOKEN_S
         spans = _spans(self.server.changes, began, length)
@@ -208,7 +217,8 @@ class Row:
         simulated_s: what ``launch.simulation`` makes of the servers' latencies and of what training and pushes took.
         draw_s: until the step's samples were there, written, scored and judged; ahead, what was waited for.
         train_s: forward, backward and optimizer.
-        sync_s: the weights' way to the servers.
+        sync_s: gathering weights, and waiting until the last have arrived.
+        push_s: from gathered to served.
         work_s: what writing a step takes if no seat of the student's servers is ever free.
         staleness_steps: age of the oldest token of a response, a mean.
         varies: the quantity that its sweep changes.
@@ -224,6 +234,7 @@ class Row:
     draw_s: float
     train_s: float
     sync_s: float
+    push_s: float
     work_s: float
     staleness_steps: float
     varies: str = "staleness"
@@ -259,7 +270,7 @@ def measure(
             raise SystemExit((folder.logs / "trainer.out").read_text()[-3000:])
         all_steps = folder.steps()
     steps = all_steps[WARM_UP:-1]  # the last one is followed by an evaluation
-    names = ("step_s", "train_s", "sync_s", "staleness_steps")
+    names = ("step_s", "train_s", "sync_s", "push_s", "staleness_steps")
     medians = {name: statistics.median(one[name] for one in steps) for name in names}
     medians["work_s"] = sum(server.work_s for server in servers[:replicas]) / AT_ONCE / replicas / STEPS
     medians["mean_step_s"] = statistics.mean(one["step_s"] for one in steps)
@@ -278,7 +289,8 @@ def simulate(config: config_module.RunConfig, measured: list[Json]) -> float:
     setting = Setting(
         student=Servers(config.servers.student_replicas, AT_ONCE, STUDENT_TOKEN_S),
         teacher=Servers(config.servers.teacher_replicas, AT_ONCE, 0.0, request_s=TEACHER_SEQUENCE_S),
-        sync_s=statistics.mean(one["sync_s"] for one in measured[WARM_UP:-1]),  # emulated servers write on meanwhile
+        sync_s=statistics.mean(one["sync_s"] for one in measured[WARM_UP:-1]),
+        push_s=statistics.mean(one["push_s"] for one in measured[WARM_UP:-1]),
     )
     played = play(steps, setting, Design(config.rollouts.max_staleness_steps))
     return played.shares(WARM_UP, len(steps) - 1).step_s
@@ -289,23 +301,32 @@ def simulate(config: config_module.RunConfig, measured: list[Json]) -> float:
 
 def overlap() -> list[Row]:
     """Each staleness, and how near it comes to its bound."""
-    rows = [measure(staleness) for staleness in STALENESS]
-    serial = rows[0]
-    draw, train = serial.draw_s, serial.train_s + serial.sync_s
     print(
         "| staleness | measured | step, s | bound, s | step / bound | trainer idle | seats empty | of serial | simulated |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
+    rows = [measure(staleness) for staleness in STALENESS]
+    print_overlap(rows)
+    training = {"rollouts": 192, "horizon_tokens": 40, "replicas": 4, "varies": "training is the longer"}
+    trained = [measure(staleness, **training) for staleness in STALENESS[:2]]  # type: ignore[arg-type]
+    print_overlap(trained)
+    return rows + trained
+
+
+def print_overlap(rows: list[Row]) -> None:
+    """A line each, beside the bound that the first, at staleness 0, gives."""
+    serial = rows[0]
+    draw, train = serial.push_s + serial.draw_s, serial.train_s + serial.sync_s
     for row in rows:
-        bound = {0: draw + train, 1: max(draw, train)}.get(row.staleness, max(row.work_s, train))
+        bound = {0: draw + train, 1: max(draw, train)}.get(row.staleness, max(row.push_s + row.work_s, train))
         idle = (1 - min(1, busy / row.step_s) for busy in (train, row.work_s))
         shares = " | ".join(f"{share:.0%}" for share in idle)
         print(
             f"| {row.staleness} | {row.staleness_steps:.1f} | {row.step_s:.2f} | {bound:.2f} | {row.step_s / bound:.2f} "
             f"| {shares} | {row.step_s / serial.step_s:.2f} | {row.mean_step_s:.2f} / {row.simulated_s:.2f} = "
-            f"{row.mean_step_s / row.simulated_s:.2f} |"
+            f"{row.mean_step_s / row.simulated_s:.2f} |",
+            flush=True,
         )
-    return rows
 
 
 def sweep() -> list[Row]:

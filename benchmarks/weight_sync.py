@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_distill.sglang.client import SGLangClient
 from megatron_distill.sglang.server import ServerSpec, SGLangServer, running
-from megatron_distill.training.weight_sync import GROUP_NAME, Bucket, WeightsGroup, send_buckets
+from megatron_distill.training.weight_sync import GROUP_NAME, Bucket, WeightsGroup, pack, send_messages
 
 CONTEXT_TOKENS = 512
 
@@ -52,7 +52,8 @@ def main() -> None:
             print(f"joining the group: {time.perf_counter() - began:.2f} s, once")
             for version in range(options.pushes + 1, 2 * options.pushes + 1):
                 began = time.perf_counter()
-                sent = send_buckets(client, group, buckets(tensors, options.bucket_mib << 20), str(version))
+                messages = map(pack, buckets(tensors, options.bucket_mib << 20))
+                sent = send_messages(client, group, messages, str(version))
                 report("broadcast", sent, time.perf_counter() - began)
             left = client.destroy_weights_group(group.name)
             group.leave(failed=False)

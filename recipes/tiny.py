@@ -4,6 +4,7 @@ megatron-distill train tiny.quickstart
 megatron-distill train tiny.quickstart distill.reverse_kl_weight=1 rollouts.student_prefix_frac=0
 megatron-distill study tiny.study                   # about 75 minutes; --quick about 10 minutes
 megatron-distill study tiny.study_rl --dir runs/study-tiny   # about 40 minutes more
+megatron-distill study tiny_staleness.study --dir runs/study-tiny
 """
 
 from dataclasses import replace
@@ -29,7 +30,7 @@ from megatron_distill.study.design import Arm, Comparison, Group, Question, Stud
 MODELS = Path(__file__).parent / "tiny_models"
 SHORT_TOKENS, LONG_TOKENS = 40, 160  # of solutions of 25 to 140 tokens, cut most, or none
 STUDY_SEEDS = (1, 2, 3)
-_SCOPE = (
+SCOPE = (
     "A student of 0.13 million parameters learns chained arithmetic from a teacher of 0.7 million; solutions take 25 to 140 "
     "tokens. The claims are those of arXiv 2605.16826, which trained language models of 0.6 billion on up to 4096 tokens: what "
     "is or is not shown here need not be so there."
@@ -75,9 +76,9 @@ def quickstart() -> RunConfig:
 def study() -> Study:
     """The three trade-offs and two remedies of arXiv 2605.16826: 9 arms, 3 seeds, 27 runs of about 2.5 minutes."""
     mixed = tuple(
-        Arm(name, f"student prefix, w = {w}", _study_run(reverse_kl_weight=w)) for w, name in MIXED_WEIGHTS.items()
+        Arm(name, f"student prefix, w = {w}", study_run(reverse_kl_weight=w)) for w, name in MIXED_WEIGHTS.items()
     )
-    reverse = _study_run(reverse_kl_weight=1.0)
+    reverse = study_run(reverse_kl_weight=1.0)
     gated = EntropyGated(
         ladder_tokens=(SHORT_TOKENS, 80, LONG_TOKENS),  # a third of the steps each
         stage_steps=13,
@@ -87,7 +88,7 @@ def study() -> Study:
         Arm(
             "student_reverse_short",
             f"student prefix, reverse KL, fixed {SHORT_TOKENS} tokens",
-            _study_run(1.0, horizon_tokens=SHORT_TOKENS),
+            study_run(1.0, horizon_tokens=SHORT_TOKENS),
         ),
         Arm(
             "student_reverse_curriculum",
@@ -99,7 +100,7 @@ def study() -> Study:
     return Study(
         name="tiny",
         title="Trade-offs of distillation, on chained arithmetic",
-        scope=_SCOPE,
+        scope=SCOPE,
         command="megatron-distill study tiny.study",
         arms=(*_grid(), *mixed, *horizons),
         seeds=STUDY_SEEDS,
@@ -160,7 +161,7 @@ def study_rl() -> Study:
     return Study(
         name="tiny-rl",
         title="Distil, then reinforce, on chained arithmetic",
-        scope=_SCOPE,
+        scope=SCOPE,
         command="megatron-distill study tiny.study_rl --dir runs/study-tiny",
         arms=(*_grid(), start, *reinforced),
         seeds=STUDY_SEEDS,
@@ -182,7 +183,7 @@ def study_rl() -> Study:
     )
 
 
-def _study_run(
+def study_run(
     reverse_kl_weight: float, student_prefix_frac: float = 1.0, horizon_tokens: int = LONG_TOKENS
 ) -> RunConfig:
     """A run of the study: the quickstart on one trainer rank, learning twice as fast, measured half-way too."""
@@ -202,7 +203,7 @@ def _study_run(
 def _grid() -> tuple[Arm, ...]:
     """The four objectives: who writes the prefix, times the direction of the KL."""
     return tuple(
-        Arm(f"{source}_{direction}", f"{source} prefix, {direction} KL", _study_run(weight, share))
+        Arm(f"{source}_{direction}", f"{source} prefix, {direction} KL", study_run(weight, share))
         for source, share in (("teacher", 0.0), ("student", 1.0))
         for direction, weight in (("forward", 0.0), ("reverse", 1.0))
     )

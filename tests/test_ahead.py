@@ -1,6 +1,7 @@
 """One step ahead: the same samples whenever they are drawn, kept for a resumed run, and a stop does not wait for them."""
 
 import threading
+from concurrent.futures import Future
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -226,3 +227,32 @@ def test_in_flight_several_steps_are_drawn_at_once_each_of_them_once() -> None:
         assert len(ahead.take(step, ALL, 8).samples) == 8
     assert sorted(asked) == [1, 2, 3]
     ahead.close()
+
+
+def test_what_is_begun_waits_for_the_weights_that_it_wants(tmp_path: Path) -> None:
+    """They are still on their way when a step is begun, and nothing is asked for; they come, and it is drawn by them. If they
+    do not come, whoever waits for the samples is told why."""
+    source = VersionedSource()
+    asked: list[int] = []
+    take = source.take
+
+    def noted(step: int, share: Share, horizon_tokens: int) -> Collected:
+        asked.append(step)
+        return take(step, share, horizon_tokens)
+
+    source.take = noted  # type: ignore[method-assign]
+    ahead = Ahead(source, None, lambda: False, num_steps=2)
+    arrival: Future[float] = Future()
+    ahead.weights_changed(3, arrival)
+    ahead.begin(4, ALL, 8)
+    threading.Timer(0.1, lambda: (asked.append(-1), arrival.set_result(1.0))).start()
+    assert {sample.rollout.newest_version for sample in ahead.take(4, ALL, 8).samples} == {3}
+    assert asked == [-1, 4]
+
+    lost: Future[float] = Future()
+    lost.set_exception(ServerError("gone"))
+    ahead.weights_changed(4, lost)
+    ahead.begin(5, ALL, 8)
+    with pytest.raises(ServerError, match="gone"):
+        ahead.drain()
+    assert asked == [-1, 4]

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
     """The only rank there is."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     assert dist.group.WORLD is not None
-    yield Ranks(0, 0, (0,), True, True, True, dist.group.WORLD, dist.group.WORLD)
+    yield Ranks(0, 0, (0,), True, True, True, *3 * [dist.group.WORLD])
     dist.destroy_process_group()
 
 
@@ -85,9 +86,12 @@ def order_of(
         note("train", step)
         return Prepared({}, {"rollout_s": 0.0})
 
-    def push(version: int) -> None:
+    def push(version: int) -> Future[float]:
         note("push", version)
         on_push(version)
+        arrival: Future[float] = Future()
+        arrival.set_result(0.0)
+        return arrival
 
     def evaluate(name: str, step: int) -> Any:
         note("evaluate", step)
@@ -106,7 +110,7 @@ def order_of(
         heldout=SimpleNamespace(evaluate=evaluate, measure=lambda: note("decide", 0) or Measurement(1.0, 0.0, 0.0)),
         beside=None,
         wait_ready=lambda say: None,
-        weights_changed=lambda version: None,
+        weights_changed=lambda version, arrival: None,
     )
     cycle = Cycle(
         config,
@@ -114,8 +118,7 @@ def order_of(
         ranks,
         leader,  # type: ignore[arg-type]
         feed=SimpleNamespace(prepare=prepare),  # type: ignore[arg-type]
-        push=push,
-        push_again=lambda version: False,
+        push=SimpleNamespace(begin=push, wait=lambda: note("arrive", 0), seconds=0.0),  # type: ignore[arg-type]
         metrics=SimpleNamespace(write=lambda step, *_: note("report", step), step_begins=lambda: None),  # type: ignore[arg-type]
         kept=SimpleNamespace(after_step=lambda step: note("keep", step)),  # type: ignore[arg-type]
         save=lambda directory: None,
@@ -195,12 +198,13 @@ def of_steps(num_steps: int, *, staleness: int = 0, decides: bool = False, save_
 
 
 def test_a_checkpoint_waits_for_no_evaluation_and_no_rollouts(ranks: Ranks, folder: RunFolder) -> None:
-    """At a step whose checkpoint is due, weights and record come before it, and all that asks servers for responses after it;
-    the last step's too. At any other step all of it is done before Megatron could save."""
-    wanted: list[Event] = [("evaluate", 0), ("keep", 0), ("begin", 0), ("train", 0)]
+    """At a step whose checkpoint is due, weights are gathered and the record written before it; all that asks servers for
+    responses comes after it, once they have the weights; the last step's too. At any other step all of it is done before
+    Megatron could save."""
+    wanted: list[Event] = [("arrive", 0), ("evaluate", 0), ("keep", 0), ("begin", 0), ("train", 0)]
     for step, is_due in ((1, False), (2, True), (3, False), (4, True), (5, True)):
         wanted += [("drain", 0), ("push", step), ("report", step), *([("save", step)] if is_due else [])]
-        wanted += [("evaluate", step), ("keep", step)]
+        wanted += [("arrive", 0), ("evaluate", step), ("keep", step)]
         wanted += [("begin", step), ("train", step)] if step < 5 else []
     assert order_of(of_steps(5), ranks, folder) == wanted
 
@@ -209,7 +213,7 @@ def test_a_checkpoint_waits_for_no_evaluation_and_no_rollouts(ranks: Ranks, fold
 def test_the_last_step_is_saved_before_its_evaluation(save_every_steps: int, ranks: Ranks, folder: RunFolder) -> None:
     """Whether Megatron saves it in its loop or after it; and it is evaluated once."""
     events = order_of(of_steps(5, save_every_steps=save_every_steps), ranks, folder)
-    assert events[-4:] == [("report", 5), ("save", 5), ("evaluate", 5), ("keep", 5)]
+    assert events[-5:] == [("report", 5), ("save", 5), ("arrive", 0), ("evaluate", 5), ("keep", 5)]
     assert events.count(("evaluate", 5)) == 1
 
 
@@ -228,7 +232,8 @@ def test_a_decision_at_a_checkpoint_comes_after_it(staleness: int, ranks: Ranks,
     """And before anything is begun whose horizon it sets."""
     events = order_of(of_steps(4, staleness=staleness, decides=True), ranks, folder)
     after = events[events.index(("save", 2)) :]
-    assert after[:5] == [("save", 2), ("evaluate", 2), ("keep", 2), ("decide", 0), ("begin", 2)]
+    waits = ("arrive", 0)
+    assert after[:7] == [("save", 2), waits, ("evaluate", 2), ("keep", 2), waits, ("decide", 0), ("begin", 2)]
 
 
 @pytest.mark.parametrize("step", [2, 5])
@@ -257,10 +262,11 @@ def test_a_failure_at_another_step_lets_megatron_save_it(
             raise ServerError("gone")
 
     events = order_of(of_steps(5), ranks, folder, told=told_to_end, on_evaluation=fail)
-    assert events[-4:] == [("report", 3), ("evaluate", 3), ("keep samples", 3), ("save", 3)]
+    ended = [("arrive", 0), ("keep samples", 3), ("save", 3)]
+    assert events[-6:] == [("report", 3), ("arrive", 0), ("evaluate", 3), *ended]
     told_to_end.clear()
     events = order_of(of_steps(5), ranks, folder, told=told_to_end, on_push=fail)
-    assert events[-4:] == [("push", 3), ("report", 3), ("keep samples", 3), ("save", 3)]
+    assert events[-5:] == [("push", 3), ("report", 3), *ended]
     assert (folder.first_failure() or {})["message"] == "gone"
 
 
@@ -277,5 +283,5 @@ def test_a_stop_is_no_failure(ranks: Ranks, folder: RunFolder, told_to_end: list
     assert asked[-2:] == [("report", 2), ("save", 2)]
     assert told_to_end == []
     events = order_of(of_steps(5), ranks, folder, told=told_to_end, must_stop=lambda events: ("train", 2) in events)
-    assert events[-3:] == [("report", 3), ("keep samples", 3), ("save", 3)]
+    assert events[-4:] == [("report", 3), ("arrive", 0), ("keep samples", 3), ("save", 3)]
     assert folder.first_failure() is None

@@ -34,6 +34,7 @@ def place() -> Ranks:
         is_reporter=rank == WORLD - 1,
         replica=replicas[rank // 2],
         world=dist.group.WORLD,
+        aside=dist.group.WORLD,
     )
 
 

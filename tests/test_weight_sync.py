@@ -36,9 +36,10 @@ def joined(source: Path) -> str:
     return " ".join(source.read_text().split()).replace("if ( ", "if ")
 
 
-def test_what_all_ranks_meet_they_raise_alike(forge: RankForge, tmp_path: Path) -> None:
-    """A full disk, three times: one error on both ranks, which are still in step afterwards."""
-    forge.run("tests.support.push_job", 2, ["both"], tmp_path)
+@pytest.mark.parametrize("case", ["beside", "again", "fails", "refused"])
+def test_a_push_is_sent_beside_what_the_ranks_do(case: str, forge: RankForge, tmp_path: Path) -> None:
+    """It arrives, is sent again, fails or is refused: on both ranks alike, whenever they ask, and they stay in step."""
+    forge.run("tests.support.push_job", 2, [case], tmp_path)
 
 
 def test_what_a_sender_alone_meets_ends_the_job(forge: RankForge, tmp_path: Path) -> None:

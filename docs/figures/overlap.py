@@ -45,14 +45,14 @@ def split(rows: list[Row]) -> tuple[tuple[Row, Row], dict[str, list[Row]]]:
     serial, ahead, *_ = (row for row in rows if row["varies"] == "staleness")
     sweeps: dict[str, list[Row]] = {}
     for row in rows:
-        if row["varies"] != "staleness":
+        if row["varies"] in {"rollouts", "horizon_tokens", "replicas"}:
             sweeps.setdefault(row["varies"], []).append(row)
     return (serial, ahead), sweeps
 
 
 def draw_lanes(axes: Axes, serial: Row, ahead: Row) -> None:
     """Three steps of each kind, the servers' work above the trainer's."""
-    draw, train = serial["draw_s"], serial["train_s"] + serial["sync_s"]
+    draw, train = serial["push_s"] + serial["draw_s"], serial["train_s"] + serial["sync_s"]
     for number in range(3):
         start = number * serial["step_s"]
         axes.barh(3, draw, 0.7, start, color=BLUE, edgecolor="white")

@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--measured",
         metavar="NAME=SECONDS,...",
         help="what a step takes, by measured figures instead of arithmetic: token_s (of a response alone on its server), "
-        "score_s (of a mean response), train_s (a step), sync_s (a push of weights)",
+        "score_s (of a mean response), train_s (a step), sync_s (weights gathered), push_s (from there to the servers)",
     )
 
 

@@ -14,7 +14,7 @@ The process groups are read off the model (``pg_collection``), so nothing here i
 nothing. Under tensor parallelism every other rank allocates only what it sends, one bucket at a time.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,23 +163,43 @@ def save_hf(
     entries, local = _gather_plan(model, hf_config, names_group)
     planned = {t.name: (t.shape(hf_config), entry.dtype) for entry in entries for t in entry.rule.hf}
     buckets = _stream(entries, local, hf_config, bucket_bytes)
+
+    def write() -> None:
+        with atomic_directory(dst_dir, overwrite=overwrite) as partial:
+            writer = HfDirectoryWriter(partial, planned, max_file_bytes)
+            check_free_space(partial, writer.num_bytes)
+            write_config(hf_config, partial, entries[0].dtype)
+            copy_companions(src_dir, partial)
+            with writer:
+                for bucket in buckets:
+                    for name, tensor in bucket:
+                        writer.write(name, tensor)
+
+    receive(buckets, write, names_group)
+
+
+def receive(
+    buckets: Iterator[list[tuple[str, Tensor]]], use: Callable[[], None], group: dist.ProcessGroup | None = None
+) -> None:
+    """Let the receiver use the buckets of ``stream_hf_tensors`` while the other ranks send theirs. Collective.
+
+    Args:
+        buckets: of this rank.
+        use: iterates over them; called on the receiver only.
+        group: gloo group of all ranks, over which they agree on how it ended; None is the default group.
+
+    Raises:
+        CheckpointError: what ``use`` raised, as any OSError, on every rank alike, once all buckets are through.
+    """
     failure: list[Exception | None] = [None]
     if dist.get_rank() == RECEIVER:
         try:
-            with atomic_directory(dst_dir, overwrite=overwrite) as partial:
-                writer = HfDirectoryWriter(partial, planned, max_file_bytes)
-                check_free_space(partial, writer.num_bytes)
-                write_config(hf_config, partial, entries[0].dtype)
-                copy_companions(src_dir, partial)
-                with writer:
-                    for bucket in buckets:
-                        for name, tensor in bucket:
-                            writer.write(name, tensor)
+            use()
         except (CheckpointError, OSError) as error:
             failure[0] = error
-    for _ in buckets:  # the other ranks' part; on rank 0 what a failure left, so that nobody is left waiting
+    for _ in buckets:  # the other ranks' part; on the receiver what a failure left, so that nobody is left waiting
         pass
-    dist.broadcast_object_list(failure, src=RECEIVER, group=names_group)
+    dist.broadcast_object_list(failure, src=RECEIVER, group=group)
     if failure[0] is not None:
         raise failure[0]
 

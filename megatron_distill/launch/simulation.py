@@ -3,9 +3,9 @@
 In: the responses of a few steps, how long servers take for each, what training and a push of weights take. Out: when each step
 ended, and how busy everybody was. Computes nothing else: no model, no clock, no torch.
 
-    trainer    wait  train 0 ......... push | train 1 ...              the loop of ``training.cycle``
-    student    write write write            | write ...                a queue, and seats that share a server's pace
-    teacher         score  score  score     |       score ...          each response once it is written
+    trainer    wait  train 0 .......... sync | train 1 ...             the loop of ``training.cycle``
+    student    write write write             | load  write ...         a queue, and seats that share a server's pace
+    teacher         score  score  score      |             score ...   each response once it is written
 
 What lies in this model: seats and queues, a pace that may depend on the seats taken, responses that are scored as they end,
 which steps may be drawn beside training (``rollouts.ahead``), servers that stand still for weights. What does not: evaluation,
@@ -79,15 +79,15 @@ class Setting:
     Attributes:
         student: servers that write.
         teacher: servers that score prompts and responses; None if nobody does.
-        sync_s: of a push of weights, during which the trainer does nothing else.
-        pause_s: of it, how long the student's servers stand still if they are writing.
+        sync_s: that the trainer gathers weights, and does nothing else.
+        push_s: that it then takes until the student's servers, which stand still, have them.
         recompute_token_s: how much longer a student's server stands still for each token that it then has in its seats.
     """
 
     student: Servers
     teacher: Servers | None
     sync_s: float
-    pause_s: float = 0.0
+    push_s: float = 0.0
     recompute_token_s: float = 0.0
 
 
@@ -130,10 +130,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Shares:
-    """A mean step, and the share of it that each worked. Who waits for weights, or sends them, idles.
+    """A mean step, and the share of it that each worked. Who waits for weights, or gathers them, idles.
 
     Attributes:
-        step_s: from one push to the next.
+        step_s: from one gathering of weights to the next.
         trainer: trained.
         student: wrote, a mean over its servers; one seat taken is enough.
         teacher: scored, a mean over its servers; 0 if there are none.
@@ -155,9 +155,9 @@ class Play:
     """What happened.
 
     Attributes:
-        marks: the beginning, and the end of each step's push.
+        marks: the beginning, and the end of each step, its weights gathered.
         trained: when the trainer trained.
-        pushed: when it sent weights.
+        gathered: when it gathered weights.
         wrote: when each of the student's servers wrote.
         scored: when each of the teacher's servers scored.
         num_events: responses that were written or scored.
@@ -165,7 +165,7 @@ class Play:
 
     marks: tuple[Mark, ...]
     trained: tuple[Span, ...]
-    pushed: tuple[Span, ...]
+    gathered: tuple[Span, ...]
     wrote: tuple[tuple[Span, ...], ...]
     scored: tuple[tuple[Span, ...], ...]
     num_events: int
@@ -196,7 +196,7 @@ def play(steps: Sequence[Step], setting: Setting, design: Design) -> Play:
     """
     _check(steps, setting, design)
     draws = _Draws(steps, setting, design)
-    marks, trained, pushed, trainer_s = [Mark()], [], [], 0.0
+    marks, trained, gathered, trainer_s, arrival_s = [Mark()], [], [], 0.0, 0.0
     draws.begin(0)
     draws.wait(0)
     draws.begin(design.ahead)
@@ -207,14 +207,16 @@ def play(steps: Sequence[Step], setting: Setting, design: Design) -> Play:
         trainer_s += step.train_s
         if design.drains and design.ahead:
             draws.wait(number + 1)
+        draws.pass_time(max(0.0, arrival_s - draws.now))  # of the weights before these
         began = draws.now
-        draws.stand_still()
         draws.pass_time(setting.sync_s)
-        pushed.append((began, draws.now))
+        gathered.append((began, draws.now))
+        draws.stand_still()
+        arrival_s = draws.now + setting.push_s
         marks.append(draws.mark(trainer_s))
         draws.begin(number + 1 + design.ahead)
         draws.wait(number + 1)
-    return Play(tuple(marks), tuple(trained), tuple(pushed), *draws.spans(), draws.num_events)
+    return Play(tuple(marks), tuple(trained), tuple(gathered), *draws.spans(), draws.num_events)
 
 
 def _check(steps: Sequence[Step], setting: Setting, design: Design) -> None:
@@ -233,7 +235,7 @@ def _check(steps: Sequence[Step], setting: Setting, design: Design) -> None:
         for one in step.responses:
             sound = one.tokens >= 1 and one.prompt_tokens >= 0
             must(sound, f"a response of step {number}", one, "must have 1 token at least, and its prompt 0")
-    for name in ("sync_s", "pause_s", "recompute_token_s"):
+    for name in ("sync_s", "push_s", "recompute_token_s"):
         must(_is_time(getattr(setting, name)), name, getattr(setting, name), "must be seconds, 0 or more")
     for name, servers in (("student", setting.student), ("teacher", setting.teacher)):
         if servers is None:
@@ -303,13 +305,13 @@ class _Server:
         self._work = max(self._work, ended.ends)
         return ended
 
-    def stand_still(self, pause_s: float, token_s: float) -> None:
+    def stand_still(self, push_s: float, token_s: float) -> None:
         """Take weights, then compute the prefixes of all seats anew."""
         held = sum(
             one.response.prompt_tokens + one.response.tokens * (1 - (one.ends - self._work) / one.work_s)
             for one in self._seated
         )
-        self._stands_until = self._now + pause_s + token_s * held
+        self._stands_until = self._now + push_s + token_s * held
 
 
 class _Draws:
@@ -352,7 +354,7 @@ class _Draws:
     def stand_still(self) -> None:
         """The student's servers stop for new weights."""
         for place in range(len(self._servers["student"])):
-            self._server("student", place).stand_still(self._setting.pause_s, self._setting.recompute_token_s)
+            self._server("student", place).stand_still(self._setting.push_s, self._setting.recompute_token_s)
             self._foresee("student", place)
 
     def mark(self, trainer_s: float) -> Mark:

@@ -23,10 +23,12 @@ from megatron_distill.rollouts.source import IN_FLIGHT
 MEMORY_BYTES_PER_S = 0.8 * 3.35e12  # that decoding reads weights and cache with: 80 % of an H100's peak
 TOKEN_S = 2e-3  # of a decoding step, however small the model: kernels, sampling, the scheduler
 DISK_BYTES_PER_S = 4e9  # of a shared disk, to all who read and write it at once
-BROADCAST_BYTES_PER_S = 5e9  # of weights: gathered on rank 0, sent and loaded, bucket by bucket
+GATHER_BYTES_PER_S = 20e9  # of weights, from all ranks into rank 0's host memory
+BROADCAST_BYTES_PER_S = 5e9  # of weights, from there into the servers, bucket by bucket
 SIGMA = 0.5  # of the logarithm of a made-up length
-MEASURED = ("token_s", "score_s", "train_s", "sync_s")
-"""What may be given: a token of a response alone on its server, the scores of a mean response, training a mean step, a push."""
+MEASURED = ("token_s", "score_s", "train_s", "sync_s", "push_s")
+"""What may be given: a token of a response alone on its server, the scores of a mean response, training a mean step, gathering
+its weights, bringing them to the servers."""
 IN_FLIGHT_STEPS = 4  # that are shown, unless the recipe says how many
 WARM_UP_STEPS = 4  # before those that a mean is taken over, for each step ahead once more
 NUM_STEPS, NUM_RESPONSES = 16, 1280  # that a mean is taken over, at least
@@ -92,14 +94,14 @@ def on_paper(
         score_s = measured.get("score_s", 2 * active_parameters(teacher) / (teacher_tp * FLOPS) * mean)
         teachers = Servers(number, seats=1, token_s=score_s / mean)  # bound by multiplications: two take twice as long
     weights = num_parameters(student) * WEIGHT_BYTES[config.student.dtype]
-    if config.servers.weight_sync == "disk":  # written while the servers still write, then read by each
-        push_s, stands_frac = weights * (1 + replicas) / DISK_BYTES_PER_S, replicas / (1 + replicas)
+    if config.servers.weight_sync == "disk":
+        sync_s, push_s = weights / DISK_BYTES_PER_S, weights * replicas / DISK_BYTES_PER_S
     else:
-        push_s, stands_frac = weights / BROADCAST_BYTES_PER_S, 1.0
-    sync_s = measured.get("sync_s", push_s)
+        sync_s, push_s = weights / GATHER_BYTES_PER_S, weights / BROADCAST_BYTES_PER_S
+    sync_s, push_s = measured.get("sync_s", sync_s), measured.get("push_s", push_s)
     clock_s = sum(step_seconds(config, student, teacher).values())  # of the longest prompts and responses
     train_s = measured.get("train_s", clock_s * mean / longest)
-    return Paper(Setting(students, teachers, sync_s, stands_frac * sync_s, prefix_s), train_s, measured)
+    return Paper(Setting(students, teachers, sync_s, push_s, prefix_s), train_s, measured)
 
 
 def _token_s(config: RunConfig, model: HfConfig, tp: int) -> Callable[[int], float]:
@@ -213,7 +215,8 @@ def _assumptions(config: RunConfig, paper: Paper) -> list[str]:
     at_once = math.ceil(config.rollouts_per_step / students.number)
     alone, beside = (1e3 * students.token_s * students.slowdown(taken) for taken in (1, at_once))
     sync = config.servers.weight_sync
-    sync_rate = DISK_BYTES_PER_S if sync == "disk" else BROADCAST_BYTES_PER_S
+    rates = (DISK_BYTES_PER_S,) * 2 if sync == "disk" else (GATHER_BYTES_PER_S, BROADCAST_BYTES_PER_S)
+    gathered, sent = (f"{rate / 1e9:g} GB/s" for rate in rates)
 
     def why(name: str, arithmetic: str) -> str:
         return "measured" if name in paper.measured else arithmetic
@@ -229,7 +232,10 @@ def _assumptions(config: RunConfig, paper: Paper) -> list[str]:
         lines.append(f"  teacher   {1 / teachers.token_s:,.0f} tokens a second and server: {rate}")
     clock = why("train_s", "the clock of --fit, by the tokens of a mean step")
     lines.append(f"  trainer   {paper.train_s:.2f} s: {clock}")
-    lines.append(f"  weights   {paper.setting.sync_s:.2f} s: by {sync}, {why('sync_s', f'{sync_rate / 1e9:g} GB/s')}")
+    lines.append(
+        f"  weights   {paper.setting.sync_s:.2f} s gathered: {why('sync_s', gathered)}; then {paper.setting.push_s:.2f} s to "
+        f"the servers by {sync}: {why('push_s', sent)}"
+    )
     return lines
 
 
@@ -252,19 +258,19 @@ def _table(config: RunConfig, made: Sequence[Row]) -> list[str]:
             f"{idle[0]:>9}{idle[1]:>9}{idle[2]:>9}{1 - of_all:>7.0%}{row.shares.at_once:>12.1f}"
             f"{row.shares.step_s * sum(gpus.values()):>9,.0f}"
         )
-    return [*lines, "  * this recipe: rollouts.max_staleness_steps. Who sends weights, or waits for them, idles."]
+    return [*lines, "  * this recipe: rollouts.max_staleness_steps. Who gathers weights, or waits for them, idles."]
 
 
 def _timeline(made: Sequence[Row]) -> list[str]:
-    """The same seconds of each design, from the end of a push on."""
+    """The same seconds of each design, from the end of a step on."""
     seconds = 1.25 * max(row.shares.step_s for row in made)
     lines = [
-        f"{seconds:.3g} s of each: T trains, w sends weights; servers at work: {' '.join(SHADES)} from none to all"
+        f"{seconds:.3g} s of each: T trains, w gathers weights; servers at work: {' '.join(SHADES)} from none to all"
     ]
     for row in made:
         began = row.play.marks[row.first].at_s
         cells = [(began + seconds * n / WIDTH, began + seconds * (n + 1) / WIDTH) for n in range(WIDTH)]
-        trains, sends = (_covered([spans], cells) for spans in (row.play.trained, row.play.pushed))
+        trains, sends = (_covered([spans], cells) for spans in (row.play.trained, row.play.gathered))
         trainer = (
             "T" if t > max(w, 0.2) else "w" if w > 0.2 else SHADES[0] for t, w in zip(trains, sends, strict=True)
         )

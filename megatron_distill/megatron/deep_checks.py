@@ -226,7 +226,8 @@ def serving(model_dir: Path) -> str:
                     for parameter in model.parameters():
                         parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
                 stale = _gap(client, model, hf_config.vocab_size, backend, str(version - 1), check=False)
-                transport.push([model], version)
+                transport.gather([model], version)
+                transport.send(version)
                 gap = _gap(client, model, hf_config.vocab_size, backend, str(version))
                 if stale < 3 * gap:
                     raise DistillError(

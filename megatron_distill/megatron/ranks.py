@@ -16,7 +16,7 @@ def find_ranks() -> Ranks:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     # On these groups ranks wait for servers, samples and evaluations; torch's own limit for a new group is 30 minutes.
     patience = timedelta(minutes=get_args().distributed_timeout_minutes)
-    world = dist.new_group(backend="gloo", timeout=patience)
+    world, aside = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
     dp_rank = mpu.get_data_parallel_rank(with_context_parallel=False)
     replica_of: list[Any] = [None] * world_size
     dist.all_gather_object(replica_of, dp_rank, group=world)
@@ -37,4 +37,5 @@ def find_ranks() -> Ranks:
         is_reporter=rank == world_size - 1,
         replica=replica,
         world=world,
+        aside=aside,
     )

@@ -12,6 +12,7 @@ happens there or in ``before_step``, never in the data iterator, whose ``next`` 
 times.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ from megatron_distill.models.megatron_gpt import build_gpt_model
 from megatron_distill.models.vocabulary import Vocabulary
 from megatron_distill.rollouts.source import IN_FLIGHT
 from megatron_distill.runs.run_folder import RunFolder
+from megatron_distill.runs.timeline import Timeline
 from megatron_distill.sglang.client import SGLangClient
 from megatron_distill.training.chunked_head import ChunkedHead
 from megatron_distill.training.components import Shards, load_components
@@ -45,6 +47,7 @@ from megatron_distill.training.leader import Leader
 from megatron_distill.training.objective import Objective, StepSums
 from megatron_distill.training.ranks import Ranks
 from megatron_distill.training.step_metrics import StepMetrics
+from megatron_distill.training.weight_push import WeightPush
 from megatron_distill.training.weight_sync import DETERMINISTIC_CHANNELS, BroadcastSync, DiskSync, WeightSync
 
 MakeLeader = Callable[[int, Callable[[], bool]], Leader]
@@ -142,7 +145,7 @@ class Session:
         self._live.cycle.say("exporting the student to hf/")
         self.save(self.folder.hf)
         self._live.kept.close()
-        self._live.weight_sync.close()
+        self._live.push.close()
         if self._live.leader is not None:
             self._live.leader.close()
 
@@ -171,7 +174,12 @@ class _Live:
         signals = get_signal_handler()
         # Its public method is collective, and a leader asks while the others wait for it.
         self.leader = make_leader(ranks.dp_rank, lambda: signals._signal_received) if ranks.is_leader else None
-        self.weight_sync = _weight_sync(session, ranks, self.leader.student if self.leader else None)
+        self.push = WeightPush(
+            _weight_sync(session, ranks, self.leader.student if self.leader else None),
+            session.chunks,
+            ranks.aside,
+            sent=functools.partial(Timeline(folder.timeline).add, "student", "load"),
+        )
         tap = tap_scalars() if ranks.is_reporter else ScalarTap()
         in_trainer = config.teacher.in_trainer and config.distill.weight > 0
         components, step_sums = load_components(config), StepSums()
@@ -222,8 +230,7 @@ class _Live:
             ranks,
             self.leader,
             feed=feed,
-            push=lambda version: self.weight_sync.push(session.chunks, version),
-            push_again=self.weight_sync.push_again,
+            push=self.push,
             kept=self.kept,
             save=session.save,
             metrics=StepMetrics(folder, ranks, step_sums, tap.take, RouterLoad(session.chunks).take),

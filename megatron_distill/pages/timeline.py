@@ -18,6 +18,7 @@ _WHAT = {
     "evaluate": COLOURS[3],
     "decide": COLOURS[6],
     "busy": COLOURS[2],
+    "load": COLOURS[5],
 }
 """What is drawn; a trainer that waits for samples stays white: that is the bubble."""
 

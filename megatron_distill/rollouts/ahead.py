@@ -2,7 +2,7 @@
 
     staleness 0                                      staleness 1
     push s | draw s | train s | push s+1 | ...       push s | draw s+1 ............... | push s+1 | draw s+2 ...
-                                                            | save, evaluate, train s  |          | save, ...
+           |        |         | save     |           save, evaluate, train s ......... | save, train s+1 ...
 
 A step's samples are drawn by weights one optimizer step old, always exactly one: drawing ends before each push. So results
 stay a function of the seed. What was ahead lies in the run folder before a checkpoint of newer weights can be written
@@ -50,21 +50,34 @@ class Ahead:
         """
         self._source, self._store, self._must_stop = source, store, must_stop
         self._threads = ThreadPoolExecutor(num_steps, thread_name_prefix="ahead")
+        self._arrival: Future[float] | None = None
         self._asked: dict[int, tuple[Share, int]] = {}
         self._drawing: dict[int, Future[Collected]] = {}
 
+    def weights_changed(self, version: int, arrival: Future[float]) -> None:
+        """What is begun from now on is drawn by the weights behind ``version``, once these have arrived."""
+        self._arrival = arrival
+        self._source.weights_changed(version)
+
     def begin(self, step: int, share: Share, horizon_tokens: int) -> None:
-        """Start to draw ``step``, with the weights that the servers hold, unless it was begun."""
+        """Start to draw ``step``, with the weights that the servers hold or are being sent, unless it was begun."""
         if step in self._drawing:
             return
         self._asked[step] = (share, horizon_tokens)
-        self._drawing[step] = self._threads.submit(self._source.take, step, share, horizon_tokens)
+        self._drawing[step] = self._threads.submit(self._draw, self._arrival, step, share, horizon_tokens)
+
+    def _draw(self, arrival: Future[float] | None, step: int, share: Share, horizon_tokens: int) -> Collected:
+        """In a thread. Weights that did not arrive are the failure of whoever waits for the samples."""
+        if arrival is not None:
+            arrival.result()
+        return self._source.take(step, share, horizon_tokens)
 
     def drain(self) -> None:
         """Wait until all that was begun is drawn, and keep it, since its weights are about to go.
 
         Raises:
             StaleWeightsError: the servers lost the weights. What was begun is drawn when this is called again.
+            ServerError: the weights did not arrive, or the servers are gone.
             StopRequested: this process was told to end meanwhile.
         """
         for step, (share, _) in list(self._asked.items()):

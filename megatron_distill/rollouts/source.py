@@ -61,7 +61,7 @@ class RolloutSource(Protocol):
         """
 
     def weights_changed(self, version: int) -> None:
-        """From now on the student's servers hold the weights behind ``version`` optimizer steps."""
+        """Whatever is taken from now on finds the weights behind ``version`` optimizer steps on the student's servers."""
 
     def close(self) -> None:
         """End threads and what else the source started."""

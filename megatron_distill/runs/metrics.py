@@ -324,8 +324,16 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "sync_s",
         "Time",
-        "Seconds until the servers held the new weights, verified.",
+        "Seconds that the ranks stood still for a push of weights: gathered, the push before it awaited.",
         "Small.",
+        "Large: the push before it had not arrived (push_s).",
+        form=".2f",
+    ),
+    Metric(
+        "push_s",
+        "Time",
+        "Seconds from gathered to served by all servers, verified, of the weights that this step began with.",
+        "Below train_s where steps are drawn ahead: then nobody waits for it.",
         "Large: see docs/conversion.md for transports.",
         form=".2f",
     ),

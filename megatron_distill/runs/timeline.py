@@ -3,8 +3,8 @@
 In: the phases of rank 0, and the requests that its leader has in flight. Out: one line a span:
 ``{"who": "trainer", "what": "train", "began": ..., "ended": ...}``, Unix seconds. ``read_spans`` reads them.
 
-    trainer    train | sync | wait (for the step's samples) | evaluate | decide
-    student    busy: at least one request to the student's servers is in flight
+    trainer    train | sync (gathers weights, or waits until they arrived) | wait (for the step's samples) | evaluate | decide
+    student    busy: at least one request to the student's servers is in flight | load (weights)
     teacher    busy: likewise the teacher's
     evaluation busy: likewise the evaluations' own, where there are such
 

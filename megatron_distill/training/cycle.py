@@ -4,7 +4,7 @@
 
     Megatron: forward, backward, optimizer
     advance()
-      sync       gather the weights ── rank 0 ─────────────────────────────────────────────> student: version s + 1
+      sync       gather the weights ── rank 0 ── beside all that follows ──────────────────> student: version s + 1
       report     add up the metrics of all ranks; the reporter appends a line
     Megatron: a checkpoint, if one is due
     go_on()
@@ -25,14 +25,19 @@ With ``rollouts.max_staleness_steps=1`` the leaders begin to draw the step after
 begins by waiting for what they drew (``rollouts.ahead``). With 2 and more they are as many steps ahead, and nobody waits:
 weights change under what is being written. A decision is a barrier: the step whose horizon it sets is drawn after it.
 
+Ranks wait for a push (``training.weight_push``) where they ask the servers themselves, and before the next one. A checkpoint
+waits for none, nor does the training of a step whose samples are there.
+
 ``advance`` and ``go_on`` run on every rank at the same point (see ``megatron.session``), so that whatever needs all ranks at
 once happens here and nowhere else. Servers hold the weights of the latest sync; a step's rollouts say which ones drew them.
 """
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
@@ -49,6 +54,7 @@ from megatron_distill.training.kept import Kept
 from megatron_distill.training.leader import Leader
 from megatron_distill.training.ranks import Ranks
 from megatron_distill.training.step_metrics import StepMetrics
+from megatron_distill.training.weight_push import WeightPush
 
 MAX_RESTARTS = 10
 """Of all student servers within one piece of work; their supervisors give up before."""
@@ -65,8 +71,7 @@ class Cycle:
         leader: Leader | None,
         *,
         feed: StepFeed,
-        push: Callable[[int], None],
-        push_again: Callable[[int], bool],
+        push: WeightPush,
         metrics: StepMetrics,
         kept: Kept,
         save: Callable[[Path], None],
@@ -82,8 +87,7 @@ class Cycle:
             ranks: this rank's place.
             leader: what a leader asks; None on other ranks.
             feed: what Megatron reads.
-            push: brings the live weights to the student's servers under a version. Collective.
-            push_again: brings the weights of an earlier push once more; whether they were kept. Collective.
+            push: brings the live weights to the student's servers.
             metrics: writes a line a step.
             kept: what is kept of the student on the way.
             save: writes the live student as a Hugging Face directory. Collective.
@@ -93,7 +97,7 @@ class Cycle:
         """
         self.config, self.folder, self.ranks, self.leader = config, folder, ranks, leader
         self.feed, self.step = feed, step
-        self._push, self._push_again, self._metrics = push, push_again, metrics
+        self._push, self._metrics = push, metrics
         self._must_stop, self._end = must_stop, end
         self._kept, self._save = kept, save
         self._share = Share(ranks.dp_rank, ranks.dp_size)
@@ -179,6 +183,8 @@ class Cycle:
             if leader.beside is not None:
                 leader.beside.close()
 
+        with contextlib.suppress(DistillError):
+            self._push.wait()  # no thread may be in the middle of something when the process ends
         self._on_leader(part)
 
     def _bring_weights(self, seconds: dict[str, float]) -> None:
@@ -187,7 +193,7 @@ class Cycle:
         if (self._due_sets() and not self._is_beside) or self._is_decision_due() or self._is_sync_due():
             began = time.perf_counter()
             self._sync()
-            seconds["sync_s"] = time.perf_counter() - began
+            seconds |= {"sync_s": time.perf_counter() - began, "push_s": self._push.seconds}
 
     def _follow(self, due: Sequence[EvaluationSet]) -> None:
         """What follows a step that is trained and reported, up to the samples of the next one."""
@@ -223,24 +229,34 @@ class Cycle:
 
     def _push_now(self) -> None:
         with self._timeline.span("trainer", "sync"):
-            self._push(self.step)
+            arrival = self._push.begin(self.step)
         self._synced_version = self.step
-        self._on_leader(lambda leader: leader.weights_changed(self.step))
+        self._weights_come(arrival)
+
+    def _weights_come(self, arrival: Future[float]) -> None:
+        self._on_leader(lambda leader: leader.weights_changed(self._synced_version, arrival))
+
+    def _arrive(self) -> None:
+        """Wait until the servers hold the weights of the last push: before the ranks ask them."""
+        with self._timeline.span("trainer", "sync"):
+            self._push.wait()
 
     def _served[T](self, work: Callable[[], T]) -> T:
         """``work``, which asks the student's servers; once more where all of them lost their weights in a restart.
 
-        What is drawn again is the same, since it depends on weights, seed, step and place only. Servers that held older weights
-        than the trainer now has get those again if they are kept, and else the newer ones.
+        What is drawn again is the same: it depends on weights, seed, step and place only, and the weights of the last push are
+        kept.
         """
         for _ in range(MAX_RESTARTS):
             try:
                 return work()
             except StaleWeightsError:
                 self.say("a student server was started again: it gets the weights, and what it lost is asked for again")
-                is_older = self._synced_version != self.step
-                if not (is_older and self._push_again(self._synced_version)):
+                if self._synced_version:
+                    self._weights_come(self._push.again())
+                else:
                     self._push_now()
+                self._arrive()
         return work()
 
     def _evaluate(self, due: Sequence[EvaluationSet]) -> None:
@@ -256,6 +272,7 @@ class Cycle:
                 summary = leader.heldout.evaluate(one.name, self.step).summary
                 self.folder.event("trainer", "evaluated", evaluation=asdict(summary), set=one.name)
 
+        self._arrive()
         with self._timeline.span("trainer", "evaluate"):
             self._on_leader(work)
 
@@ -298,6 +315,7 @@ class Cycle:
             self.say(f"measuring held-out entropy at step {self.step}")
             return leader.heldout.measure()
 
+        self._arrive()
         with self._timeline.span("trainer", "decide"):
             measurement = self.ranks.gather(self._on_leader(measure))[0]  # rank 0 leads the replica that measured
         decision = self._curriculum.decide(self.step, measurement)

@@ -7,6 +7,7 @@ Every name in the config that may be a user's function is looked up here.
 import functools
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -209,9 +210,9 @@ class Leader:
         before, self._num_dropped = self._num_dropped, self.student.counters["too_old"]
         return replace(collected, num_dropped=self._num_dropped - before)
 
-    def weights_changed(self, version: int) -> None:
-        """The student's servers hold the weights behind ``version`` optimizer steps."""
-        self._source.weights_changed(version)
+    def weights_changed(self, version: int, arrival: Future[float]) -> None:
+        """The student's servers hold the weights behind ``version`` optimizer steps once ``arrival`` is done."""
+        self.ahead.weights_changed(version, arrival)
         self.heldout.weights_changed(version)
 
     def _readable(self, step: int, sample: Sample) -> dict[str, Any]:

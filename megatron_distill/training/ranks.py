@@ -33,6 +33,7 @@ class Ranks:
         is_reporter: the one rank that writes metrics: the last, as in Megatron's own logging.
         replica: gloo group of the replica's ranks; its first is the leader.
         world: gloo group of all ranks.
+        aside: another, for threads: what they tell each other has no place in the ranks' common order.
     """
 
     rank: int
@@ -43,6 +44,7 @@ class Ranks:
     is_reporter: bool
     replica: dist.ProcessGroup
     world: dist.ProcessGroup
+    aside: dist.ProcessGroup
 
     @property
     def dp_size(self) -> int:

@@ -1,24 +1,26 @@
-"""Bring live, sharded weights to the servers that sample from them: versioned, verified, whole or not at all.
+"""The trainer's weights, on their way to the student's servers: versioned, verified, whole or not at all.
 
 In: the model's chunks on every trainer rank, and the student servers' client on global rank 0. Out: servers that serve
-version N, or an error on every rank.
+version N. A transport does it in two parts, so that the ranks need not wait for the second (see ``weight_push``):
 
-    disk        ranks ──shards──> rank 0 ──safetensors──> sync/vN/ ──load──> servers     any topology; needs a shared disk
-    broadcast   ranks ──shards──> rank 0 ──flat buckets over gloo or NCCL──> servers     no disk; a group rank 0 + servers
+                    gather: collective, ranks stand still           send: rank 0 alone, servers stand still
+    disk            ranks ──shards──> rank 0 ──> safetensors        sync/vN/ ──load──> servers     needs a shared disk
+    broadcast       ranks ──shards──> rank 0 ──> host memory        flat buckets over gloo or NCCL ──> servers
 
-Both are collective over the trainer's ranks. A broadcast runs while the servers are paused, since between two buckets they
-would answer with half-new weights. A push that fails because a server died or a connection broke is repeated, all of it, once
-every server answers again (one that died is started again, see ``sglang.supervisor``); a server that refuses ends it at once.
-Whatever rank 0 meets, every rank raises.
+What was gathered last is kept and can be sent again: a server that was started again gets the very weights that it lost. A
+broadcast runs while the servers are paused, since between two buckets they would answer with half-new weights.
 """
+
+from __future__ import annotations
 
 import contextlib
 import itertools
 import shutil
 import socket
 import urllib.parse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_distill.convert.live import save_hf, stream_hf_tensors
-from megatron_distill.errors import DistillError, ServerError
+from megatron_distill.convert.live import receive, save_hf, stream_hf_tensors
+from megatron_distill.errors import ServerError
 from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.sglang.address import LOOPBACK, own_address
 from megatron_distill.sglang.client import SGLangClient
@@ -38,7 +40,6 @@ GROUP_NAME = "megatron_distill"
 GROUP_TIMEOUT_S = 120.0
 """Longest wait for one message of a broadcast, or for a server to join or leave the group."""
 
-MAX_ATTEMPTS = 3
 DETERMINISTIC_CHANNELS = 8
 """NCCL channels that SGLang 0.5.23 pins in a deterministic tensor-parallel server (SGLANG_DETERMINISTIC_NCCL_NCHANNELS)."""
 
@@ -48,22 +49,24 @@ Bucket = list[tuple[str, Tensor]]
 class WeightSync(Protocol):
     """A transport of weights to the student's servers."""
 
-    def push(self, chunks: Sequence[Any], version: int) -> None:
-        """Make every server serve ``chunks`` under ``version``. Collective over all ranks.
+    def gather(self, chunks: Sequence[Any], version: int) -> None:
+        """Bring the weights to rank 0, whole, and keep them there in the place of earlier ones. Collective over all ranks.
+
+        They are those of now: the ranks may go on training while they are sent.
 
         Raises:
-            DistillError: on every rank, if a server did not take them.
+            DistillError, OSError: on every rank alike.
         """
 
-    def push_again(self, version: int) -> bool:
-        """Make every server serve the weights of the last push once more, if they were kept. Collective over all ranks.
+    def send(self, version: int) -> None:
+        """Make every server serve what was gathered last. On rank 0, in any thread, as often as needed.
 
-        Returns:
-            Whether they were kept; if not, nothing was sent.
+        Raises:
+            ServerError: a server did not take them. Its weights are then unknown until they are sent again.
         """
 
     def close(self) -> None:
-        """Release what the transport holds."""
+        """Release what the transport holds. On every rank."""
 
 
 class DiskSync:
@@ -86,32 +89,25 @@ class DiskSync:
             source: Hugging Face directory that tokenizer and configs are copied from.
             directory: where versions are put; only the latest is kept.
             client: of the student's servers; on global rank 0 only.
-            world: gloo group of all ranks, over which they agree on how a push ended; the default group if that is gloo.
+            world: gloo group of all ranks, over which they agree on how it ended; the default group if that is gloo.
             in_flight: what is being written goes on under the new weights; by default it ends first.
         """
         self._hf_config, self._source, self._directory, self._client = hf_config, source, directory, client
         self._world, self._in_flight = world, in_flight
 
-    def push(self, chunks: Sequence[Any], version: int) -> None:
+    def gather(self, chunks: Sequence[Any], version: int) -> None:
         """See ``WeightSync``."""
+        save_hf(chunks, self._hf_config, self._source, self._path(version), overwrite=True, names_group=self._world)
+
+    def send(self, version: int) -> None:
+        """See ``WeightSync``."""
+        assert self._client is not None
         path = self._path(version)
-        save_hf(chunks, self._hf_config, self._source, path, overwrite=True, names_group=self._world)
-        self.push_again(version)
-        if self._client is not None:
-            for old in self._directory.glob("v*"):
-                if old != path:
-                    shutil.rmtree(old, ignore_errors=True)
-
-    def push_again(self, version: int) -> bool:
-        """See ``WeightSync``: the last version's directory is kept."""
-
-        def attempt() -> None:
-            if self._client is not None:
-                self._client.wait_reachable()
-                self._client.update_weights_from_disk(self._path(version), str(version), in_flight=self._in_flight)
-
-        _together(attempt, self._world)
-        return True
+        self._client.wait_reachable()
+        self._client.update_weights_from_disk(path, str(version), in_flight=self._in_flight)
+        for old in self._directory.glob("v*"):
+            if old != path:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _path(self, version: int) -> Path:
         return self._directory / f"v{version:06d}"
@@ -123,7 +119,7 @@ class DiskSync:
 
 
 class BroadcastSync:
-    """From rank 0 to the servers through a process group of their own, in flat buckets."""
+    """From rank 0's memory to the servers through a process group of their own, in flat buckets."""
 
     def __init__(
         self,
@@ -145,48 +141,49 @@ class BroadcastSync:
             ranks_per_replica: tensor-parallel size of each.
             bucket_bytes: of one message.
             num_channels: of NCCL, where the servers pin theirs: both sides of a group need the same number.
-            world: gloo group of all ranks, over which they agree on how a push ended; the default group if that is gloo.
+            world: gloo group of all ranks, over which they agree on how it ended; the default group if that is gloo.
         """
         self._hf_config, self._client, self._world = hf_config, client, world
         self._num_ranks = 1 + num_replicas * ranks_per_replica
         self._ranks_per_replica, self._num_channels = ranks_per_replica, num_channels
         self._bucket_bytes = bucket_bytes
+        self._messages: list[Message] = []
+        self._device = torch.device("cpu")
         self._group: WeightsGroup | None = None
         self._sent_version: str | None = None
         self._names = (f"{GROUP_NAME}-{number}" for number in itertools.count())
 
-    def push(self, chunks: Sequence[Any], version: int) -> None:
+    def gather(self, chunks: Sequence[Any], version: int) -> None:
+        """See ``WeightSync``. Rank 0 keeps the whole student in its host memory, pinned where there is a GPU."""
+        buckets = stream_hf_tensors(chunks, self._hf_config, self._bucket_bytes, self._world)
+
+        def keep() -> None:
+            earlier = [message.flat for message in self._messages]  # of the same sizes: written over
+            self._messages = []
+            for bucket, flat in itertools.zip_longest(buckets, earlier):
+                self._device = bucket[0][1].device
+                self._messages.append(pack(bucket, flat))
+
+        receive(buckets, keep, self._world)
+
+    def send(self, version: int) -> None:
         """See ``WeightSync``."""
-
-        def attempt() -> None:
-            buckets = stream_hf_tensors(chunks, self._hf_config, self._bucket_bytes, self._world)
-            try:
-                if self._client is not None:
-                    self._send(self._client, buckets, str(version))
-            finally:
-                for _ in buckets:  # the other ranks' part; on rank 0 what a failure left, so that nobody waits for ever
-                    pass
-
-        _together(attempt, self._world)
-
-    def push_again(self, version: int) -> bool:
-        """See ``WeightSync``: nothing is kept."""
-        return False
-
-    def _send(self, client: SGLangClient, buckets: Iterable[Bucket], version: str) -> None:
+        client = self._client
+        assert client is not None
         client.wait_reachable()
         if self._group is not None and client.served_versions() != {self._sent_version}:
             self._leave(self._group, failed=True)  # a server was started again: it is in no group
         try:
-            self._group = self._group or self._join(client)
-            send_buckets(client, self._group, buckets, version)
-            self._sent_version = version
+            with _stream_of_its_own(self._device):
+                self._group = self._group or self._join(client)
+                send_messages(client, self._group, self._messages, str(version), self._device)
+            self._sent_version = str(version)
         except BaseException:
             if self._group is not None:
                 self._leave(self._group, failed=True)
             raise
 
-    def _join(self, client: SGLangClient) -> "WeightsGroup":
+    def _join(self, client: SGLangClient) -> WeightsGroup:
         on_gpu = torch.cuda.is_available()
         group = WeightsGroup(next(self._names), own_address(_host_of(client)), self._num_ranks)
         joined = client.init_weights_group(
@@ -203,7 +200,7 @@ class BroadcastSync:
             raise
         return group
 
-    def _leave(self, group: "WeightsGroup", failed: bool) -> None:
+    def _leave(self, group: WeightsGroup, failed: bool) -> None:
         """Both sides at once: NCCL's farewell takes both, and servers that wait in a broken broadcast wake up by it."""
         assert self._client is not None
         self._group = None
@@ -291,65 +288,81 @@ class WeightsGroup:
         self._group = None
 
 
-def send_buckets(client: SGLangClient, group: WeightsGroup, buckets: Iterable[Bucket], version: str) -> int:
-    """Broadcast buckets to the servers, which are paused meanwhile, and prove that they took them.
+@dataclass(frozen=True)
+class Message:
+    """A bucket as it travels.
+
+    Attributes:
+        names: Hugging Face names of its tensors, those of wider types first: SGLang reads each at an offset that its item size
+            divides.
+        dtypes: "float32", "bfloat16", ...
+        shapes: of whole tensors.
+        flat: their bytes, one after the other, in host memory.
+    """
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    flat: Tensor
+
+
+def pack(bucket: Bucket, flat: Tensor | None = None) -> Message:
+    """Copy a bucket out of the device's memory, into ``flat`` if that is given."""
+    tensors = sorted(bucket, key=lambda item: -item[1].element_size())
+    sizes = [tensor.numel() * tensor.element_size() for _, tensor in tensors]
+    if flat is None:
+        flat = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=tensors[0][1].is_cuda)
+    for (_, tensor), part in zip(tensors, flat.split(sizes), strict=True):
+        part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return Message(
+        tuple(name for name, _ in tensors),
+        tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors),
+        tuple(tuple(tensor.shape) for _, tensor in tensors),
+        flat,
+    )
+
+
+def send_messages(
+    client: SGLangClient,
+    group: WeightsGroup,
+    messages: Iterable[Message],
+    version: str,
+    device: torch.device | str = "cpu",
+) -> int:
+    """Broadcast messages to the servers, which are paused meanwhile, and prove that they took them.
 
     Args:
         client: of the servers.
         group: rank 0's process group with them.
-        buckets: of (Hugging Face name, whole tensor); a tensor is used before the next bucket is asked for.
+        messages: all of the model's.
         version: label of the new weights.
+        device: that the group sends from.
 
     Returns:
         Bytes sent.
 
     Raises:
-        ServerError: a server did not take a bucket. All stay paused, with weights that must not be used: send all again.
+        ServerError: a server did not take a message. All stay paused, with weights that must not be used: send all again.
     """
     client.pause()
     client.flush_cache()
     client.begin_weight_update()
     num_bytes = 0
-    for bucket in buckets:
-        # SGLang reads each tensor at an offset that its item size divides: wider types come first.
-        tensors = sorted(bucket, key=lambda item: -item[1].element_size())
-        flat = torch.cat([tensor.contiguous().flatten().view(torch.uint8) for _, tensor in tensors])
+    for message in messages:
         received = client.update_weights_from_distributed(
-            [name for name, _ in tensors],
-            [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
-            [tuple(tensor.shape) for _, tensor in tensors],
-            group_name=group.name,
-            version=version,
+            message.names, message.dtypes, message.shapes, group_name=group.name, version=version
         )
-        group.broadcast(flat, received)
-        num_bytes += flat.numel()
+        group.broadcast(message.flat.to(device), received)
+        num_bytes += message.flat.numel()
     client.end_weight_update()
     client.require_weight_version(version)
     client.continue_generation()
     return num_bytes
 
 
-def _together(attempt: Callable[[], None], world: dist.ProcessGroup | None) -> None:
-    """Run ``attempt`` on every rank until it succeeds on rank 0, or fails for good; then every rank raises what rank 0 met.
-
-    No rank goes on with servers of unknown weights. Repeated is what a server's restart may mend; a refusal is not. What
-    another rank alone meets, such as a lack of memory, it raises at once: rank 0 is waiting for its tensors, and would go on
-    waiting for hours unless that process ended.
-    """
-    for number in itertools.count(1):
-        failure: list[Exception | None] = [None]
-        try:
-            attempt()
-        except (DistillError, OSError, RuntimeError) as error:
-            if not isinstance(error, DistillError | OSError) and dist.get_rank() != 0:
-                raise
-            failure[0] = error if isinstance(error, DistillError) else ServerError(f"weight sync: {error}")
-        dist.broadcast_object_list(failure, src=0, group=world)
-        if failure[0] is None:
-            return
-        may_pass = type(failure[0]) is ServerError
-        if not may_pass or number == MAX_ATTEMPTS:
-            raise failure[0]
+def _stream_of_its_own(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """So that what is sent does not queue behind what the ranks compute."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _host_of(client: SGLangClient) -> str:

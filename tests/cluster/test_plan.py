@@ -324,15 +324,15 @@ def test_the_second_page_follows_the_recipe() -> None:
 
 
 def test_a_step_at_the_cap_can_be_added_up() -> None:
-    """Four responses of 4096 tokens a server at a time, eight scores a teacher's server, training, a push: all measured."""
+    """Four responses of 4096 tokens a server at a time, eight scores a teacher's server, training, weights: all measured."""
     config = qwen3.b8_from_32b_4x8_4096()
-    measured = {"token_s": 0.0085, "score_s": 0.4, "train_s": 3.0, "sync_s": 4.0}
+    measured = {"token_s": 0.0085, "score_s": 0.4, "train_s": 3.0, "sync_s": 4.0, "push_s": 2.0}
     paper = step_time.on_paper(config, *models_of(config), 80, measured)
     student, longest = paper.setting.student, 512 + 4096
     assert student.token_s == 0.0085 and student.seats == 75 and 1 < student.slowdown(4) < 1.1
     by_length = longest / (512 + step_time.mean_length(4096))
     write_s = (4096 * 0.0085 + student.request_s) * student.slowdown(4)
-    added = write_s + (8 * 0.4 + 3.0) * by_length + 4.0
+    added = write_s + (8 * 0.4 + 3.0) * by_length + 4.0 + 2.0
     rows = step_time.rows(config, paper)
     assert rows[0].capped_s == rows[1].capped_s == pytest.approx(added)
     assert rows[2].capped_s == pytest.approx(added - 3.0 * by_length)  # training hides behind drawing
@@ -356,8 +356,8 @@ def test_latencies_come_from_the_models_shapes() -> None:
     assert read[0] == pytest.approx(3.35e9, rel=0.01) and read[0] < read[1] < read[2] == memory.num_parameters(moe)
 
 
-def test_weights_stop_the_servers_for_as_long_as_they_read() -> None:
-    """A broadcast all the time; through a disk only while they load what is written already."""
+def test_weights_stop_the_trainer_while_they_are_gathered_and_the_servers_while_they_come() -> None:
+    """Into memory, then by broadcast; or written to a shared disk once, then read by each of eight servers."""
     config = qwen3.b8_from_32b_4x8_4096()
     models, weights = models_of(config), 2 * 8_190_735_360
 
@@ -366,9 +366,10 @@ def test_weights_stop_the_servers_for_as_long_as_they_read() -> None:
         return step_time.on_paper(chosen, *models, 80, measured).setting
 
     broadcast, disk = setting("broadcast"), setting("disk")
-    assert broadcast.sync_s == broadcast.pause_s == weights / 5e9
-    assert disk.sync_s == weights * 9 / 4e9 and disk.pause_s == pytest.approx(disk.sync_s * 8 / 9)
-    assert setting("disk", sync_s=9.0).pause_s == 8.0
+    assert (broadcast.sync_s, broadcast.push_s) == (weights / 20e9, weights / 5e9)
+    assert (disk.sync_s, disk.push_s) == (weights / 4e9, weights * 8 / 4e9)
+    given = setting("disk", sync_s=9.0, push_s=7.0)
+    assert (given.sync_s, given.push_s) == (9.0, 7.0)
 
 
 def test_measured_figures_take_the_place_of_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,7 +378,10 @@ def test_measured_figures_take_the_place_of_arithmetic(capsys: pytest.CaptureFix
     assert main(["plan", recipe, "--measured", "train_s=30,sync_s=4.5"]) == 0
     printed = capsys.readouterr().out
     assert "but for what was measured" in printed
-    assert "  trainer   30.00 s: measured" in printed and "  weights   4.50 s: by broadcast, measured" in printed
+    assert (
+        "  trainer   30.00 s: measured" in printed
+        and "  weights   4.50 s gathered: measured; then 3.28 s to the servers" in printed
+    )
     for wrong in ("train_s", "train_s=x", "train_s=-1", "step_s=3", "train_s=3,,", "train_s=inf"):
         assert main(["plan", recipe, "--measured", wrong]) != 0
         captured = capsys.readouterr()

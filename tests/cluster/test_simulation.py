@@ -37,7 +37,7 @@ def drawn_s(lengths: Sequence[int], design: Design = STREAMED, student: Servers 
 
 @pytest.mark.parametrize("design", [SEQUENTIAL, STREAMED])
 def test_one_response_passes_through_everybody(design: Design) -> None:
-    """Write, score, train, push: one after the other, step by step, and each works for its part of the time."""
+    """Write, score, train, gather: one after the other, step by step, and each works for its part of the time."""
     result = played([10], design, number=3)
     assert ends(result) == [16.0, 32.0, 48.0]
     shares = result.shares()
@@ -47,7 +47,7 @@ def test_one_response_passes_through_everybody(design: Design) -> None:
     assert result.wrote == (((0.0, 10.0), (16.0, 26.0), (32.0, 42.0)),)
     assert result.scored == (((10.0, 12.0), (26.0, 28.0), (42.0, 44.0)),)
     assert result.trained == ((12.0, 15.0), (28.0, 31.0), (44.0, 47.0))
-    assert result.pushed == ((15.0, 16.0), (31.0, 32.0), (47.0, 48.0))
+    assert result.gathered == ((15.0, 16.0), (31.0, 32.0), (47.0, 48.0))
 
 
 def test_a_scored_token_costs_too_and_so_does_its_prompt() -> None:
@@ -100,13 +100,14 @@ def test_seats_share_a_pace() -> None:
     assert drawn_s([10, 20], STREAMED, student) == 30 + SCORE_S
 
 
+@pytest.mark.parametrize("push_s", [0.0, 2.0])
 @pytest.mark.parametrize("train_s", [5.0, 12.0, 40.0])
-def test_one_step_ahead_takes_the_longer_of_drawing_and_training(train_s: float) -> None:
-    """After the first step, which nothing hides: max(draw, train) and the push, exactly."""
-    result = play(steps_of([10], 5, train_s), SETTING, AHEAD)
+def test_one_step_ahead_takes_the_longer_of_drawing_and_training(train_s: float, push_s: float) -> None:
+    """After the first step, which nothing hides: max(push + draw, train) and the gathering, exactly."""
+    result = play(steps_of([10], 5, train_s), replace(SETTING, push_s=push_s), AHEAD)
     draw_s = 10 + SCORE_S
     assert ends(result)[0] == draw_s + max(draw_s, train_s) + SYNC_S
-    assert [b - a for a, b in itertools.pairwise(ends(result)[:-1])] == [max(draw_s, train_s) + SYNC_S] * 3
+    assert [b - a for a, b in itertools.pairwise(ends(result)[:-1])] == [max(push_s + draw_s, train_s) + SYNC_S] * 3
     assert ends(result)[-1] - ends(result)[-2] == train_s + SYNC_S  # nothing is left to draw
 
 
@@ -126,19 +127,27 @@ def test_in_flight_a_step_takes_a_part_of_its_longest_response_or_training(ahead
 
 
 def test_a_push_in_flight_stops_the_servers_and_costs_prefixes() -> None:
-    """At 13 s two responses have five tokens of prompt and three of their own each: one second, and 16 tokens of a quarter."""
-    setting = Setting(replace(WRITER, seats=3), None, SYNC_S, pause_s=1.0, recompute_token_s=0.25)
+    """At 14 s, all weights gathered, two responses have five tokens of prompt and four of their own each: one second, and 18
+    tokens of a quarter."""
+    setting = Setting(replace(WRITER, seats=3), None, SYNC_S, push_s=1.0, recompute_token_s=0.25)
     result = play(steps_of([10], 3, prompt_tokens=5), setting, Design(2))
-    assert result.wrote == (((0.0, 13.0), (18.0, 25.0)),)
-    assert ends(result) == [14.0, 29.0, 33.0]
+    assert result.wrote == (((0.0, 14.0), (19.5, 25.5)),)
+    assert ends(result) == [14.0, 29.5, 33.5]
     assert result.marks[-1].student_s == 20.0  # who stands still, idles
 
 
-def test_what_is_drained_meets_no_push() -> None:
-    """Nothing is written while weights come in, so that pauses cost nothing; and the modes are those of the rollouts."""
-    costly = replace(SETTING, pause_s=1.0, recompute_token_s=9.0)
-    for design in (SEQUENTIAL, STREAMED, AHEAD):
-        assert ends(play(steps_of([10, 3], 4), costly, design)) == ends(play(steps_of([10, 3], 4), SETTING, design))
+def test_weights_are_gathered_once_the_last_have_arrived() -> None:
+    """Short steps in flight take as long as a push and a gathering."""
+    setting = replace(SETTING, student=replace(WRITER, seats=8), push_s=5.0)
+    result = play(steps_of([1], 12), setting, Design(4))
+    assert result.shares(3, 8).step_s == 5.0 + SYNC_S
+
+
+def test_what_is_drained_costs_no_prefixes() -> None:
+    """Nothing is written while weights come in: what is drawn next waits for them; and the modes are those of the rollouts."""
+    costly = replace(SETTING, push_s=2.0, recompute_token_s=9.0)
+    for design in (SEQUENTIAL, STREAMED):
+        assert ends(play(steps_of([10], 3), costly, design)) == [16.0, 34.0, 52.0]
     assert Design(IN_FLIGHT - 1).drains and not Design(IN_FLIGHT).drains
 
 
@@ -146,7 +155,7 @@ def test_what_is_drained_meets_no_push() -> None:
 def test_each_design_is_at_least_as_fast_as_the_one_before(seed: int) -> None:
     """Uneven lengths, few seats, a busy teacher: sums, spans and shares agree, and everything is written and scored once."""
     steps = [Step(tuple(Response(9, n) for n in made_up_lengths(64, 16, seed + step)), 20.0) for step in range(16)]
-    setting = Setting(Servers(2, 4, 1.0, slowdown=lambda n: 1 + n / 8), Servers(2, 1, 0.125), 2.0)
+    setting = Setting(Servers(2, 4, 1.0, slowdown=lambda n: 1 + n / 8), Servers(2, 1, 0.125), 2.0, push_s=1.0)
     results = [play(steps, setting, design) for design in (SEQUENTIAL, STREAMED, AHEAD, Design(3))]
     totals = [ends(result)[-1] for result in results]
     assert totals == sorted(totals, reverse=True)

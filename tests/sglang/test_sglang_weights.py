@@ -11,7 +11,7 @@ import pytest
 from megatron_distill.errors import CheckpointError, ServerError, StaleWeightsError
 from megatron_distill.sglang.client import SGLangClient
 from megatron_distill.sglang.server import SGLangServer
-from megatron_distill.training.weight_sync import Bucket, WeightsGroup, send_buckets
+from megatron_distill.training.weight_sync import Bucket, WeightsGroup, pack, send_messages
 from megatron_distill.types import Generation, SamplingParams, SinceVersion
 from tests.sglang.conftest import client_of
 from tests.support.tiny_qwen3 import TinyQwen3
@@ -98,17 +98,17 @@ def test_weights_by_broadcast_and_again_after_a_failure(
     """Tensors broadcast over gloo make the server the new model. A push that the server refuses, which leaves it paused with
     its session open, is an error at once; the next one, over a new group, sends everything again and succeeds."""
     group = joined_group(client, "first")
-    send_buckets(client, group, buckets_of(other_model), "9")
+    send_messages(client, group, map(pack, buckets_of(other_model)), "9")
     require_serves(client, other_model)
     assert sample(client, weight_version="9").weight_version == "9"
 
     client.destroy_weights_group("first").result(timeout=60)  # so the server refuses what rank 0 is sending to it
     with pytest.raises(ServerError, match="first"):
-        send_buckets(client, group, buckets_of(model), "10")
+        send_messages(client, group, map(pack, buckets_of(model)), "10")
     group.leave(failed=True)
 
     group = joined_group(client, "second")
-    send_buckets(client, group, buckets_of(model), "11")
+    send_messages(client, group, map(pack, buckets_of(model)), "11")
     leave(client, group, failed=False)
     require_serves(client, model)
     assert sample(client, weight_version="11").weight_version == "11"
@@ -171,7 +171,7 @@ def test_responses_go_on_under_new_weights_and_say_which_tokens_they_drew(
     for version, pushed in (("1", other_model), ("2", model)):
         threading.Event().wait(0.3)
         if group is not None:
-            send_buckets(client, group, buckets_of(pushed), version)
+            send_messages(client, group, map(pack, buckets_of(pushed)), version)
         else:
             client.update_weights_from_disk(pushed.directory, version, in_flight=True)
     drawing.join(timeout=300)
