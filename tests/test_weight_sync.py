@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from megatron_distill.recipes import tiny
 
 from megatron_distill.launch.roles import _pin_nccl
 from megatron_distill.sglang.server import NCCL_ENV
+from megatron_distill.training.weight_sync import pack
 from tests.support.rank_forge import RankForge
 
 
@@ -34,6 +36,32 @@ def test_both_sides_of_a_broadcast_have_the_same_nccl(monkeypatch: pytest.Monkey
 def joined(source: Path) -> str:
     """Without the line breaks of long conditions."""
     return " ".join(source.read_text().split()).replace("if ( ", "if ")
+
+
+def test_what_was_gathered_is_of_its_moment() -> None:
+    """A bucket is copied, wider types first, each at an offset that its item size divides; training on changes nothing of it,
+    and the next push writes over the same memory."""
+    weights = {
+        "bias": torch.arange(3, dtype=torch.bfloat16),
+        "norm": torch.arange(5, dtype=torch.float32).reshape(5, 1),
+        "head": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4).t(),
+    }
+    message = pack(list(weights.items()))
+    assert message.names == ("norm", "bias", "head") and message.dtypes == ("float32", "bfloat16", "bfloat16")
+    assert message.shapes == ((5, 1), (3,), (4, 3))
+    for step in range(2):
+        expected = {name: tensor.clone() for name, tensor in weights.items()}
+        again = pack(list(weights.items()), message.flat)
+        assert again.flat is message.flat
+        for tensor in weights.values():
+            tensor.add_(1 + step)
+        offset = 0
+        for name, shape in zip(again.names, again.shapes, strict=True):
+            tensor = expected[name]
+            part = again.flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(shape)
+            assert torch.equal(part, tensor)
+            offset += tensor.nbytes
+        assert offset == again.flat.numel()
 
 
 @pytest.mark.parametrize("case", ["beside", "again", "fails", "refused"])
