@@ -48,6 +48,7 @@ def micro_batch(tokens: int, vocab: int, device: str, top_k: int = 0) -> MicroBa
         logits_index_T=ids_T,
         target_ids_T=ids_T,
         response_quarter_T=ids_T % 4,
+        response_share_T=zeros_T + 1 / tokens,
         sampler_logprobs_T=zeros_T - 3,
         is_scored_T=true_T,
         is_student_T=true_T,

@@ -52,6 +52,7 @@ CASES = {
     "forward kl": Case({}, w=0.0),
     "tempered reverse kl": Case({"temperature": 2.0}, w=1.0),
     "top-k": Case({}, in_trainer=False),
+    "kl by sequence": Case({"normalisation": "sequence"}),
     "jsd": Case({"divergence": "jsd"}),
     "skew": Case({"divergence": "skew_kl"}, w=1.0),
     "student's support": Case({"support": "student"}),

@@ -132,6 +132,59 @@ def test_unscored_samples_do_not_enter_the_distillation_loss() -> None:
     torch.testing.assert_close(all_gradient, gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("estimator", ["distribution", "k3"])
+def test_a_mean_over_responses_weighs_each_response_alike(estimator: Any) -> None:
+    """Loss and gradient are, in float64 by softmax and autograd, the mean over scored responses of their own means; however the
+    step is cut, and whatever of a response is not learnt. The token mean is another number."""
+    samples = [s for s in made() if s.rollout.author == "student" or estimator == "distribution"]
+    samples[1] = replace(
+        samples[1],
+        rollout=replace(samples[1].rollout, is_learnt=np.arange(len(samples[1].rollout.response_ids)) % 3 != 1),
+    )
+    parts = {
+        name: Distill(DistillConfig(estimator=estimator, normalisation=name), "dropped")
+        for name in ("sequence", "token")
+    }
+    w = 0.0 if estimator == "k3" else 0.3
+    scored = [sample for sample in samples if sample.signal is not None]
+    assert parts["sequence"].count(samples, scored_in_trainer=False) == len(scored) < len(samples)
+    assert parts["sequence"].count(samples, scored_in_trainer=True) == len(samples)
+
+    reference, means = TableModel().double(), []
+    for sample in scored:
+        (batch,) = build_micro_batches([sample], 1, step=STEP)
+        log_q_TV = reference(batch).reshape(-1, V)[batch.logits_index_T].log_softmax(-1)
+        assert isinstance(batch.signal, TopKTensors)
+        if estimator == "k3":
+            gap_T = log_q_TV.gather(1, batch.target_ids_T[:, None])[:, 0] - batch.signal.token_logprobs_T.double()
+            means.append((gap_T.neg().exp() + gap_T - 1).mean())
+        else:
+            log_p_TK = batch.signal.logprobs_TK.double()
+            log_q_TK = log_q_TV.gather(1, batch.signal.ids_TK)
+            gap_TK = log_p_TK - log_q_TK
+            means.append(((1 - w) * log_p_TK.exp() * gap_TK - w * log_q_TK.exp() * gap_TK).sum(-1).mean())
+    expected = torch.stack(means).mean()
+    expected.backward()
+    exact = torch.cat([p.grad.flatten() for p in reference.parameters()])
+
+    losses = {}
+    for name, part in parts.items():
+        loss = Objective([part], Shards(tp_group=None, vocab_size=V))
+        plan = replace(plan_of(samples), reverse_kl_weight=w, denominators={"distill": part.count(samples, False)})
+        for per_micro_batch in (1, 2, len(samples)):
+            model, total = TableModel(), torch.zeros(())
+            for batch in build_micro_batches(samples, per_micro_batch, step=STEP):
+                logits_TV = model(batch).reshape(-1, V)[batch.logits_index_T]
+                total = total + loss(logits_TV, batch, plan).loss / plan.num_response_tokens
+            total.backward()
+            losses[name] = float(total)
+            if name == "sequence":
+                assert float(total) == pytest.approx(float(expected), rel=1e-5)
+                gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+                torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-6)
+    assert losses["token"] != pytest.approx(losses["sequence"], rel=1e-2)
+
+
 def test_policy_gradient_against_a_dense_reference() -> None:
     """Fresh tokens: truncated importance weight times REINFORCE with group-relative advantages, mean over the tokens of
     groups with signal. Stale tokens: PPO's clipped ratio against the sampler."""

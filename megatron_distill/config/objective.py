@@ -42,6 +42,11 @@ class DistillConfig:
         "that was written, for w = 0 (forward) or 1 (reverse): reverse at the student's tokens k1 (log-ratio reward) or k2, "
         "forward at the student's k3, forward at the teacher's k1 or k3. Stop tokens are then not merged",
     )
+    normalisation: Literal["token", "sequence"] = plain(
+        "token",
+        "token: mean over all scored tokens of the step; sequence: mean over scored responses of their means, so that a long "
+        "response weighs no more than a short one",
+    )
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ class MicroBatch:
         logits_index_T: int64, flat index into [R * L] of the logits that predict each response token.
         target_ids_T: int64, the response tokens themselves.
         response_quarter_T: int64 in 0..3, which quarter of its response the token lies in.
+        response_share_T: fp32, 1 / learnt tokens of its response: what the token counts in the response's mean, wherever the
+            response's other tokens are.
         sampler_logprobs_T: fp32, log-prob under the sampler that wrote the token; nan where the teacher wrote it.
         is_scored_T: bool, whether the distillation loss applies to the token.
         is_student_T: bool, whether the student wrote the token.
@@ -107,6 +109,7 @@ class MicroBatch:
     logits_index_T: torch.Tensor
     target_ids_T: torch.Tensor
     response_quarter_T: torch.Tensor
+    response_share_T: torch.Tensor
     sampler_logprobs_T: torch.Tensor
     is_scored_T: torch.Tensor
     is_student_T: torch.Tensor
@@ -207,6 +210,7 @@ def pack_micro_batch(
         logits_index_T=torch.from_numpy(np.concatenate(logits_index)),
         target_ids_T=_cat(rollouts, [r.response_ids for r in rollouts], np.int64),
         response_quarter_T=_cat(rollouts, [_quarters(len(r.response_ids)) for r in rollouts], np.int64),
+        response_share_T=_per_token(rollouts, [1 / max(r.num_learnt_tokens, 1) for r in rollouts], np.float32),
         sampler_logprobs_T=_cat(rollouts, [r.sampler_logprobs for r in rollouts], np.float32),
         is_scored_T=_per_token(rollouts, is_scored, np.bool_),
         is_student_T=_per_token(rollouts, [r.author == "student" for r in rollouts], np.bool_),

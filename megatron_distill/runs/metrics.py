@@ -292,7 +292,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "scored_tokens",
         "Optimisation",
-        "Response tokens the distillation loss was computed on: its denominator, over all replicas.",
+        "Response tokens the distillation loss was computed on, over all replicas.",
         "Stable or growing with the horizon.",
         "Collapses: responses end at once.",
         form=".0f",

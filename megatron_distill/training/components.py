@@ -1,6 +1,6 @@
 """The parts of the loss, each with a denominator of its own.
 
-    distill   KL between teacher and student      over tokens that the teacher scored
+    distill   KL between teacher and student      over tokens, or responses, that the teacher scored
     sft       cross entropy                       over tokens that the student did not write
     rl        clipped policy gradient             over tokens of responses that carry signal
 
@@ -199,8 +199,9 @@ class Distill:
         self.learns_logprobs = config.estimator != "distribution"
 
     def count(self, samples: Sequence[Sample], scored_in_trainer: bool) -> float:
-        """Tokens with a signal."""
-        return sum(s.rollout.num_learnt_tokens for s in samples if scored_in_trainer or s.signal is not None)
+        """Tokens with a signal; responses that have such tokens, if each counts as much as another."""
+        scored = scored_tokens(samples, scored_in_trainer)
+        return sum(scored) if self._config.normalisation == "token" else sum(tokens > 0 for tokens in scored)
 
     def loss(self, context: LossContext) -> ComponentLoss:
         """Sum over tokens of what ``distill.divergence`` and ``distill.estimator`` name."""
@@ -210,9 +211,14 @@ class Distill:
         if self._config.estimator != "distribution":
             return self._sampled(context, signal, self._config.estimator)
         terms = self._terms(context, signal)
+        return ComponentLoss(self._total(terms.loss, batch.is_scored_T, batch), self._sums(terms, signal, batch))
+
+    def _total(self, loss_T: Tensor, chosen_T: Tensor, batch: MicroBatch) -> Tensor:
+        """What the tokens that ``chosen_T`` keeps add to the numerator."""
+        if self._config.normalisation == "sequence":
+            loss_T = loss_T * batch.response_share_T
         # Unscored rows hold placeholders: select, never multiply, so that nothing of them can leak.
-        total = torch.where(batch.is_scored_T, terms.loss, 0.0).sum()
-        return ComponentLoss(total, self._sums(terms, signal, batch))
+        return torch.where(chosen_T, loss_T, 0.0).sum()
 
     def _terms(self, context: LossContext, signal: SignalTensors) -> KLTerms | TopKTerms:
         shards, config, weight = context.shards, self._config, context.plan.reverse_kl_weight
@@ -278,7 +284,7 @@ class Distill:
             # An author who wrote nothing is not asked: the config's rules refuse what could not be.
             if chosen_T.any():
                 terms = sampled_kl(student_T, teacher_T, direction=direction, sampled_from=author, estimator=estimator)
-                total, kl_T = total + torch.where(chosen_T, terms.loss, 0.0).sum(), terms.kl
+                total, kl_T = total + self._total(terms.loss, chosen_T, batch), terms.kl
             sums[metric] = masked_sum(kl_T, chosen_T)
         return ComponentLoss(total, sums)
 
@@ -365,6 +371,11 @@ class PolicyGradient:
             ref_logprobs=reference_T,
             ref_kl_coef=config.reference_kl_coef if reference_T is not None else 0.0,
         )
+
+
+def scored_tokens(samples: Sequence[Sample], scored_in_trainer: bool) -> list[int]:
+    """Learnt tokens of each response that a teacher scores; it scores all of them if it is in the trainer."""
+    return [s.rollout.num_learnt_tokens for s in samples if scored_in_trainer or s.signal is not None]
 
 
 def masked_sum(value_T: Tensor, mask_T: Tensor) -> Tensor:

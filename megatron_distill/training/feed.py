@@ -22,7 +22,7 @@ from megatron_distill.rollouts.dealing import Hand, deal, num_tokens
 from megatron_distill.rollouts.source import Collected, Share
 from megatron_distill.rollouts.summary import rollout_sums
 from megatron_distill.runs.metrics import Sums, add_sums
-from megatron_distill.training.components import Component, StepPlan
+from megatron_distill.training.components import Component, StepPlan, scored_tokens
 from megatron_distill.training.ranks import Ranks
 from megatron_distill.types import Sample
 
@@ -141,7 +141,8 @@ class StepFeed:
         told = ranks.gather(mine if ranks.is_leader else None)
         everyone: list[_Drawn] = [told[leader] for leader in ranks.leaders]
         totals = {name: sum(one.counts[name] for one in everyone) for name in mine.counts}
-        num_response_tokens, num_dropped = totals.pop(_RESPONSE), totals.pop(_DROPPED, None)
+        num_response_tokens, num_scored_tokens = totals.pop(_RESPONSE), totals.pop(_SCORED)
+        num_dropped = totals.pop(_DROPPED, None)
         plan = StepPlan(step, self._reverse_kl_weight(step), num_response_tokens, totals)
         step_batches = [StepBatch(batch, plan) for batch in self._micro_batches(step, everyone, brought)]
         self.num_micro_batches = len(step_batches)
@@ -149,7 +150,7 @@ class StepFeed:
             queue.clear()
             queue.extend(step_batches)
         sums = add_sums(one.sums for one in everyone)
-        sums["scored_tokens"] = (float(totals.get("distill", 0.0)), 1.0)
+        sums["scored_tokens"] = (num_scored_tokens, 1.0)
         sums["reverse_kl_weight"] = (plan.reverse_kl_weight, 1.0)
         if num_dropped is not None:
             sums["dropped_rollouts"] = (num_dropped, 1.0)
@@ -159,6 +160,7 @@ class StepFeed:
         samples = collected.samples
         counts = {part.name: float(part.count(samples, self._scored_in_trainer)) for part in self._components}
         counts[_RESPONSE] = float(sum(sample.rollout.num_learnt_tokens for sample in samples))
+        counts[_SCORED] = float(sum(scored_tokens(samples, self._scored_in_trainer)))
         if collected.num_dropped is not None:
             counts[_DROPPED] = float(collected.num_dropped)
         sums = rollout_sums(samples, step, self._asks_teacher)
@@ -203,4 +205,5 @@ class StepFeed:
             yield self._queues[number].popleft()
 
 
-_RESPONSE, _DROPPED = "response tokens", "dropped rollouts"  # beside the components' names, which hold no spaces
+# Beside the components' names, which hold no spaces.
+_RESPONSE, _SCORED, _DROPPED = "response tokens", "scored tokens", "dropped rollouts"

@@ -15,7 +15,14 @@ from tests.support.samples import build_micro_batches, make_samples
 SEQUENCE_PARALLEL_TP2 = {"student.parallel.tp": 2, "student.parallel.sequence_parallel": True}
 CP2 = {"student.parallel.cp": 2}
 
-LAYOUTS: dict[str, dict[str, object]] = {"cp1": {}, "cp2": CP2 | {"student.distributed_optimizer": True}}
+BY_SEQUENCE = {"distill.normalisation": "sequence"}
+
+LAYOUTS: dict[str, dict[str, object]] = {
+    "cp1": {},
+    "cp2": CP2 | {"student.distributed_optimizer": True},
+    "by_sequence_cp1": BY_SEQUENCE,
+    "by_sequence_cp2": BY_SEQUENCE | CP2,
+}
 PRODUCTS: dict[str, dict[str, object]] = {
     "cp1": {},
     "cp4": {"student.parallel.cp": 4, "micro_batch_rollouts": 1},
@@ -29,9 +36,11 @@ PRODUCTS: dict[str, dict[str, object]] = {
 
 
 def test_sharing_each_sequence_changes_nothing(forge: RankForge, models: Path, tmp_path: Path) -> None:
-    """Two ranks that share every sequence: losses, gradient norms and trained weights are those of one rank."""
+    """Two ranks that share every sequence: losses, gradient norms and trained weights are those of one rank, also of a mean
+    over responses, of which either rank sees a part."""
     outcomes = run_jobs(models, tmp_path, LAYOUTS, forge)
-    assert_same(outcomes["cp2"], outcomes["cp1"])
+    for kind in ("", "by_sequence_"):
+        assert_same(outcomes[f"{kind}cp2"], outcomes[f"{kind}cp1"])
 
 
 @pytest.mark.heavy

@@ -23,6 +23,13 @@ LAYOUTS = {
     "pp2": {"student.parallel.pp": 2},
     "dp2_by_tokens": {"student.parallel.dp": 2, "micro_batch_tokens": 60},
     "tp2_one_micro_batch": {"student.parallel.tp": 2, "micro_batch_rollouts": 20},
+    "by_sequence_tp1": {"distill.normalisation": "sequence"},
+    "by_sequence_tp2_dp2": {
+        "distill.normalisation": "sequence",
+        "student.parallel.tp": 2,
+        "student.parallel.dp": 2,
+        "micro_batch_rollouts": 2,
+    },
     "in_process_tp1": {"teacher.transport": "in_process"},
     "in_process_tp2": {"teacher.transport": "in_process", "student.parallel.tp": 2},
     "in_process_pp2": {"teacher.transport": "in_process", "student.parallel.pp": 2},
@@ -35,11 +42,12 @@ def outcomes(forge: RankForge, models: Path, tmp_path_factory: pytest.TempPathFa
     return run_jobs(models, tmp_path_factory.mktemp("runs"), LAYOUTS, forge)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("tp1", "in_process_tp1")])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if not name.endswith("tp1")])
 def test_layout_changes_neither_loss_nor_gradient_nor_weights(layout: str, outcomes: dict[str, Outcome]) -> None:
     """tp, dp, pp, the distributed optimizer and how micro-batches are filled change losses, gradient norms and trained weights
-    by rounding only; a fifth of the rollouts has no teacher score."""
-    reference = outcomes["in_process_tp1" if layout.startswith("in_process") else "tp1"]
+    by rounding only, also of a mean over responses; a fifth of the rollouts has no teacher score."""
+    kind = next(kind for kind in ("in_process_", "by_sequence_", "") if layout.startswith(kind))
+    reference = outcomes[f"{kind}tp1"]
     assert len(reference.steps) == NUM_STEPS
     assert_same(outcomes[layout], reference)
 
