@@ -57,16 +57,14 @@ def chosen_folder(options: argparse.Namespace, config: RunConfig) -> RunFolder:
     return RunFolder((options.run_dir or Path("runs") / config.name).absolute())
 
 
-def add_cluster(parser: argparse.ArgumentParser, each: str) -> None:
+def add_cluster(parser: argparse.ArgumentParser, does: str) -> None:
     """An optional cluster profile for a command that makes several runs; ``chosen_train`` reads it.
 
     Args:
         parser: of the command.
-        each: what it makes several of, e.g. "stage".
+        does: what it does with it, e.g. "run each stage as a Slurm job".
     """
-    parser.add_argument(
-        "--cluster", default="", metavar="PROFILE", help=f"run each {each} as a Slurm job of this profile"
-    )
+    parser.add_argument("--cluster", default="", metavar="PROFILE", help=f"{does} of this profile")
 
 
 def chosen_train(options: argparse.Namespace) -> Train:

@@ -11,7 +11,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("name", help=NAME_HELP)
     parser.add_argument("--dir", type=Path, help="where the stages' run folders go (default: runs/NAME)")
-    add_cluster(parser, "stage")
+    add_cluster(parser, "run each stage as a Slurm job")
     parser.add_argument("--dry-run", action="store_true", help="check every stage, start none")
 
 

@@ -31,7 +31,7 @@ def main() -> None:
     threading.Thread(target=_end_with_launcher, args=(tag,), daemon=True, name="leash").start()
     config = config_module.load(folder.config)
     tasks = local_tasks(config, folder, visible_gpus())
-    run = import_nemo_run(folder)
+    run = import_nemo_run((folder.root / "launch").absolute())
     scripts = [run.Script(inline=task_script(task, folder)) for task in tasks]
     executors = [run.LocalExecutor() for _ in tasks]
     with quiet(folder.logs / "launcher.log"):

@@ -69,9 +69,12 @@ def num_gpus(config: RunConfig) -> int:
     return config.num_ranks + sum(replicas * tp for replicas, tp in sizes)
 
 
+ROLES_MODULE = "megatron_distill.launch.roles"
+
+
 def role_arguments(role: str, folder: RunFolder) -> list[str]:
     """Arguments of ``python`` that make it one process of a run; see ``roles``."""
-    return ["-m", "megatron_distill.launch.roles", role, str(folder.root)]
+    return ["-m", ROLES_MODULE, role, str(folder.root)]
 
 
 def check_folder(config: RunConfig, folder: RunFolder) -> None:
@@ -182,14 +185,14 @@ def require_success(folder: RunFolder, ended: str, log_size: int | None = None) 
     )
 
 
-def import_nemo_run(folder: RunFolder) -> Any:
-    """NeMo-Run, its own records in the run folder's ``launch/``.
+def import_nemo_run(home: Path) -> Any:
+    """NeMo-Run, its own records in ``home``, which is made.
 
     Raises:
         DistillError: if it is not installed.
     """
-    home = str((folder.root / "launch").absolute())
-    os.environ["NEMORUN_HOME"] = home  # read at import
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ["NEMORUN_HOME"] = str(home)  # read at import
     try:
         import nemo_run
         from nemo_run.config import set_nemorun_home
@@ -197,7 +200,7 @@ def import_nemo_run(folder: RunFolder) -> Any:
         raise DistillError(
             f"nemo_run = {error}: the launcher needs NeMo-Run. Install it with: pip install 'megatron-distill[launch]'."
         ) from error
-    set_nemorun_home(home)  # where a process launches more than one run
+    set_nemorun_home(str(home))  # where a process launches more than one run
     return nemo_run
 
 

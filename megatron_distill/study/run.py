@@ -3,6 +3,7 @@
     megatron-distill study tiny.study           run it, or go on where it was interrupted
     megatron-distill study tiny.study --quick   one seed and few steps: a look, not a result
     megatron-distill study tiny.study --seeds 2 the runs of one seed; commands of different seeds may go on side by side
+    megatron-distill study tiny.study --cluster PROFILE     all runs at once, as job arrays of Slurm: see ``submit``
 
 In: a ``Study`` (see ``study.design``) and a folder. Out, rewritten after every run, so that an interrupted study shows what it
 has:
@@ -20,7 +21,7 @@ Runs are made seed by seed, so that after a third of the time there is an answer
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_distill import config as config_module
@@ -36,6 +37,39 @@ from megatron_distill.study.results import collect, save
 
 Key = tuple[str, int]
 """A run of a study: its arm's name and its seed."""
+
+
+@dataclass(frozen=True)
+class StudyRuns:
+    """A study's runs: what each is, and which are to be made.
+
+    Attributes:
+        study: arms, seeds, questions.
+        results: where its results go.
+        folders: of all runs, seed by seed.
+        configs: of all runs.
+        missing: those to be made, in the order in which they can be.
+    """
+
+    study: Study
+    results: Path
+    folders: dict[Key, RunFolder]
+    configs: dict[Key, RunConfig]
+    missing: list[Key]
+
+    def before(self, key: Key) -> Key | None:
+        """The run whose student this one goes on with."""
+        arm, seed = key
+        after = next(one.after for one in self.study.arms if one.name == arm)
+        return (after, seed) if after else None
+
+    def publish(self) -> str:
+        """Write results and pages of what has finished, whoever made it; its verdicts."""
+        return _publish(self.study, _finished(self.folders, self.configs), self.results)
+
+    def closing(self, verdicts: str) -> str:
+        """What the console shows last."""
+        return f"\n{verdicts}\n\n  results: {self.results / 'results.md'}\n  page:    {self.results / 'study.html'}"
 
 
 def run_study(study: Study, folder: Path, train: Train, seeds: Sequence[int] = ()) -> str:
@@ -55,6 +89,33 @@ def run_study(study: Study, folder: Path, train: Train, seeds: Sequence[int] = (
         ConfigError: the study or a run's config is unsound; nothing was started.
         DistillError: a run failed, or its folder holds a run of another config. Finished runs are kept.
     """
+    runs = planned(study, folder, seeds)
+    verdicts = runs.publish()
+    began = time.monotonic()
+    for number, key in enumerate(runs.missing, 1):
+        print(f"run {number}/{len(runs.missing)}  {key[0]}, seed {key[1]} ... ", end="", flush=True)
+        started = time.monotonic()
+        _train(runs.configs[key], runs.folders[key], train)
+        verdicts = runs.publish()
+        now = time.monotonic()
+        eta = (now - began) / number * (len(runs.missing) - number)
+        told = f"; ETA {duration(eta)}" if eta else ""
+        print(f"{outcome(runs.folders[key])}, {duration(now - started)}{told}", flush=True)
+    return runs.closing(verdicts)
+
+
+def planned(study: Study, folder: Path, seeds: Sequence[int] = ()) -> StudyRuns:
+    """Look at what there is and check what is to be made; nothing is written.
+
+    Args:
+        study: see ``run_study``.
+        folder: see ``run_study``.
+        seeds: see ``run_study``.
+
+    Raises:
+        ConfigError: the study or a run's config is unsound.
+        DistillError: a folder holds a run of another config.
+    """
     check_study(study)
     if unknown := sorted(set(seeds) - set(study.seeds)):
         raise ConfigError(
@@ -70,26 +131,15 @@ def run_study(study: Study, folder: Path, train: Train, seeds: Sequence[int] = (
     finished = _finished(folders, configs)
     missing = [key for key in folders if key not in finished and key[1] in (seeds or study.seeds)]
     print(f"{study.title}: {len(finished)} of {len(folders)} runs finished before, in {folder}", flush=True)
-    _check_files([configs[key] for key in missing])
-    results = folder / study.name
-    verdicts = _publish(study, finished, results)
-    began = time.monotonic()
-    for number, key in enumerate(missing, 1):
-        print(f"run {number}/{len(missing)}  {key[0]}, seed {key[1]} ... ", end="", flush=True)
-        started = time.monotonic()
-        _train(configs[key], folders[key], train)
-        verdicts = _publish(study, _finished(folders, configs), results)
-        now = time.monotonic()
-        eta = (now - began) / number * (len(missing) - number)
-        told = f"; ETA {duration(eta)}" if eta else ""
-        print(f"{_outcome(folders[key])}, {duration(now - started)}{told}", flush=True)
-    return f"\n{verdicts}\n\n  results: {results / 'results.md'}\n  page:    {results / 'study.html'}"
+    runs = StudyRuns(study, folder / study.name, folders, configs, missing)
+    _check_files(runs)
+    return runs
 
 
-def _check_files(configs: list[RunConfig]) -> None:
+def _check_files(runs: StudyRuns) -> None:
     """Check models, data and layouts of every run before the first one starts, each combination once.
 
-    An arm that goes on with another's student is checked when that student is there.
+    An arm that goes on with another's student is checked with what that one began with, as long as there is no other.
 
     Raises:
         ConfigError: naming the run.
@@ -97,18 +147,20 @@ def _check_files(configs: list[RunConfig]) -> None:
     from megatron_distill.launch import preflight  # which loads tokenizers
 
     seen = set()
-    for config in configs:
-        if not Path(config.student.path).exists():
-            continue
+    for key in runs.missing:
+        config, before = runs.configs[key], runs.before(key)
+        while before is not None and not Path(config.student.path).exists():
+            path = runs.configs[before].student.path
+            config, before = replace(config, student=replace(config.student, path=path)), runs.before(before)
         plain = config_module.to_dict(config)
         looked_at = {
             name: plain[name]
             for name in ("student", "teacher", "data", "rollouts", "curriculum", "evaluation", "servers")
         }
-        key = json.dumps([looked_at, config.needs_teacher, config.needs_teacher_server], sort_keys=True)
-        if key in seen:
+        alike = json.dumps([looked_at, config.needs_teacher, config.needs_teacher_server], sort_keys=True)
+        if alike in seen:
             continue
-        seen.add(key)
+        seen.add(alike)
         try:
             preflight.check(config)
         except DistillError as error:
@@ -167,7 +219,8 @@ def _publish(study: Study, finished: dict[Key, RunFolder], folder: Path) -> str:
     return write_pages(results, folder)
 
 
-def _outcome(run: RunFolder) -> str:
+def outcome(run: RunFolder) -> str:
+    """A finished run's first and last evaluation, in a line."""
     evaluations = run.evaluations()
     first, last = evaluations[0], evaluations[-1]
     return (

@@ -14,7 +14,7 @@ from megatron_distill.recipes import clusters, qwen3, tiny
 from megatron_distill.config import ParallelConfig, RunConfig, ServersConfig, StudentConfig
 from megatron_distill.errors import ConfigError, DistillError
 from megatron_distill.launch import cluster
-from megatron_distill.launch.cluster import task_script
+from megatron_distill.launch.job_scripts import RUN_VARIABLE, task_script
 from megatron_distill.launch.launch import require_success, trainer_log_size
 from megatron_distill.launch.nodes import ClusterProfile, Group, groups_of, require_mounted, seconds_of
 from megatron_distill.launch.signals import Interrupted
@@ -143,8 +143,9 @@ def test_scripts_are_sound_bash_with_awkward_values(role: str, tmp_path: Path) -
     fake_python.write_text('#!/bin/bash\nprintf "%s\\n" "$AWKWARD" "$@"\n')
     fake_python.chmod(0o755)
     profile = replace(H100, python=str(fake_python), env={"AWKWARD": "a \"$HOME\" 'b'"}, setup=("true",))
-    script = task_script(Group(role, 2, 2, 2), profile, folder)
+    script = task_script(Group(role, 2, 2, 2), profile)
     environment = os.environ | {
+        RUN_VARIABLE: str(folder.root),
         "SLURM_NODEID": "1", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "TRAINER_HOST": "n1", "TRAINER_PORT": "20001"
     }  # fmt: skip
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
@@ -165,9 +166,13 @@ def test_each_server_of_a_node_gets_gpus_of_its_own(tmp_path: Path) -> None:
     fake_python = tmp_path / "python"
     fake_python.write_text('#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES"\n')
     fake_python.chmod(0o755)
-    script = task_script(Group("teacher", 1, 4, 2), replace(H100, python=str(fake_python)), folder)
+    script = task_script(Group("teacher", 1, 4, 2), replace(H100, python=str(fake_python)))
     for local in range(4):
-        environment = os.environ | {"SLURM_PROCID": str(local), "SLURM_LOCALID": str(local)}
+        environment = os.environ | {
+            RUN_VARIABLE: str(tmp_path),
+            "SLURM_PROCID": str(local),
+            "SLURM_LOCALID": str(local),
+        }
         subprocess.run(["bash", "-c", script], env=environment, check=False)
     seen = [(folder.logs / f"teacher-{index}.out").read_text().strip() for index in range(4)]
     assert seen == ["0,1", "2,3", "4,5", "6,7"]
@@ -191,9 +196,10 @@ def test_a_warning_to_the_shell_alone_reaches_the_trainer_and_no_server(role: st
     go = tmp_path / "go"
     profile = replace(H100, python=str(fake_python), env={"GO": str(go)}, setup=())
     environment = os.environ | {
+        RUN_VARIABLE: str(folder.root),
         "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "TRAINER_HOST": "n1", "TRAINER_PORT": "20001"
     }  # fmt: skip
-    script = task_script(Group(role, 1, 1, 1), profile, folder)
+    script = task_script(Group(role, 1, 1, 1), profile)
     with subprocess.Popen(["bash", "-c", script], env=environment) as shell:
         wait_until(lambda: any(path.read_text() for path in folder.logs.glob("*.out")), "the role's start")
         for _ in range(3):
@@ -247,7 +253,8 @@ def test_hostile_values_reach_the_roles_unchanged_through_nemo_run(
     folder.create()
     profile = replace(clusters.lab(), python=str(fake_python), env={"AWKWARD": value})
     scripts = cluster.dry_run(tiny.quickstart(), profile, folder)
-    variables = {"SLURM_NODEID": "0", "SLURM_PROCID": "0", "TRAINER_HOST": "n1", "TRAINER_PORT": "20001"}
+    variables = {RUN_VARIABLE: str(folder.root), "SLURM_NODEID": "0", "SLURM_PROCID": "0"}
+    variables |= {"TRAINER_HOST": "n1", "TRAINER_PORT": "20001"}
     for name in ("roles-0.sh", "roles-1.sh", "roles-2.sh"):
         subprocess.run(["bash", "-c", scripts[name]], env=os.environ | variables, check=False)
     assert {log.read_text().strip() for log in folder.logs.glob("*-0.out")} == {value}

@@ -13,7 +13,7 @@ FIELDS = {"JobID": "JobId", "JobName": "JobName", "Partition": "Partition", "Acc
 
 
 def main() -> None:
-    """Print one line for each component of the job."""
+    """Print one line for each task of the job, which is one unless it is an array."""
     parser = argparse.ArgumentParser()
     parser.add_argument("-j", "--jobs", required=True)
     parser.add_argument("--format", default=",".join(FIELDS))
@@ -29,8 +29,8 @@ def main() -> None:
     )
     for line in shown.stdout.splitlines():
         facts = dict(re.findall(r"(\w+)=(\S*)", line))
-        if "HetJobOffset" in facts:
-            facts["JobId"] = f"{facts['HetJobId']}+{facts['HetJobOffset']}"
+        if "ArrayTaskId" in facts:
+            facts["JobId"] = f"{facts['ArrayJobId']}_{facts['ArrayTaskId']}"
         if facts.get("JobState") == "COMPLETING":
             facts["JobState"] = "RUNNING"
         print("|".join(facts.get(FIELDS[column], "") for column in columns))

@@ -1,5 +1,6 @@
 # === roles-0.sh ===
 #!/usr/bin/bash
+run="$MEGATRON_DISTILL_RUN"
 cd /CWD || exit 1  # where the recipe's relative paths are meant from
 unset PYTHONPATH  # the submitting host's would hide the image's packages
 export PYTHONNOUSERSITE=1
@@ -16,9 +17,9 @@ export HF_HUB_OFFLINE=1
 export NCCL_IB_HCA=mlx5
 # Where processes are tracked by cgroups, Slurm's signals reach this shell alone: it stays, and passes them on.
 # The warning before the time limit is for the trainer, which looks for the file after each step.
-trap 'touch /RUN/stop_requested' USR1
+trap 'touch "$run"/stop_requested' USR1
 python -m torch.distributed.run --nnodes=2 --nproc-per-node=8 --node-rank="$SLURM_NODEID" --master-addr="$TRAINER_HOST" --master-port="$TRAINER_PORT" \
-  -m megatron_distill.launch.roles trainer /RUN >> /RUN/logs/trainer-"$SLURM_NODEID".out 2>&1 &
+  -m megatron_distill.launch.roles trainer "$run" >> "$run"/logs/trainer-"$SLURM_NODEID".out 2>&1 &
 role=$!
 trap 'kill -TERM "$role"' TERM
 while wait "$role"; kill -0 "$role" 2>/dev/null; do :; done  # a signal ends a wait too
@@ -26,6 +27,7 @@ wait "$role"; exit $?  # the shell remembers how it ended
 
 # === roles-1.sh ===
 #!/usr/bin/bash
+run="$MEGATRON_DISTILL_RUN"
 cd /CWD || exit 1  # where the recipe's relative paths are meant from
 unset PYTHONPATH  # the submitting host's would hide the image's packages
 export PYTHONNOUSERSITE=1
@@ -44,7 +46,7 @@ export CUDA_VISIBLE_DEVICES="$(seq -s, $((SLURM_LOCALID * 1)) $((SLURM_LOCALID *
 # Where processes are tracked by cgroups, Slurm's signals reach this shell alone: it stays, and passes them on.
 # The warning before the time limit is for the trainer, which looks for the file after each step.
 trap '' USR1
-python -m megatron_distill.launch.roles student-server /RUN --index "$SLURM_PROCID" --device cuda >> /RUN/logs/student-"$SLURM_PROCID".out 2>&1 &
+python -m megatron_distill.launch.roles student-server "$run" --index "$SLURM_PROCID" --device cuda >> "$run"/logs/student-"$SLURM_PROCID".out 2>&1 &
 role=$!
 trap 'kill -TERM "$role"' TERM
 while wait "$role"; kill -0 "$role" 2>/dev/null; do :; done  # a signal ends a wait too
@@ -52,6 +54,7 @@ exit 1  # a server that ends before the trainer has failed, however politely
 
 # === roles-2.sh ===
 #!/usr/bin/bash
+run="$MEGATRON_DISTILL_RUN"
 cd /CWD || exit 1  # where the recipe's relative paths are meant from
 unset PYTHONPATH  # the submitting host's would hide the image's packages
 export PYTHONNOUSERSITE=1
@@ -70,7 +73,7 @@ export CUDA_VISIBLE_DEVICES="$(seq -s, $((SLURM_LOCALID * 2)) $((SLURM_LOCALID *
 # Where processes are tracked by cgroups, Slurm's signals reach this shell alone: it stays, and passes them on.
 # The warning before the time limit is for the trainer, which looks for the file after each step.
 trap '' USR1
-python -m megatron_distill.launch.roles teacher-server /RUN --index "$SLURM_PROCID" --device cuda >> /RUN/logs/teacher-"$SLURM_PROCID".out 2>&1 &
+python -m megatron_distill.launch.roles teacher-server "$run" --index "$SLURM_PROCID" --device cuda >> "$run"/logs/teacher-"$SLURM_PROCID".out 2>&1 &
 role=$!
 trap 'kill -TERM "$role"' TERM
 while wait "$role"; kill -0 "$role" 2>/dev/null; do :; done  # a signal ends a wait too
@@ -89,38 +92,10 @@ exit 1  # a server that ends before the trainer has failed, however politely
 #SBATCH --gpus-per-node=8
 #SBATCH --job-name=megatron-distill.roles-0
 #SBATCH --mem=0
-#SBATCH --nodes=2
+#SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
 #SBATCH --output=/RUN/launch/experiments/run/run_ID/roles/sbatch_megatron-distill.roles-0_%j.out
-#SBATCH --partition=h100
-#SBATCH --qos=normal
-#SBATCH --signal=USR1@600
-#SBATCH --time=4:00:00
-#SBATCH hetjob
-#SBATCH --account=research
-#SBATCH --exclusive
-#SBATCH --gpus-per-node=8
-#SBATCH --job-name=megatron-distill.roles-1
-#SBATCH --mem=0
-#SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
-#SBATCH --open-mode=append
-#SBATCH --output=/RUN/launch/experiments/run/run_ID/roles/sbatch_megatron-distill.roles-1_%j.out
-#SBATCH --partition=h100
-#SBATCH --qos=normal
-#SBATCH --signal=USR1@600
-#SBATCH --time=4:00:00
-#SBATCH hetjob
-#SBATCH --account=research
-#SBATCH --exclusive
-#SBATCH --gpus-per-node=8
-#SBATCH --job-name=megatron-distill.roles-2
-#SBATCH --mem=0
-#SBATCH --nodes=1
-#SBATCH --ntasks-per-node=4
-#SBATCH --open-mode=append
-#SBATCH --output=/RUN/launch/experiments/run/run_ID/roles/sbatch_megatron-distill.roles-2_%j.out
 #SBATCH --partition=h100
 #SBATCH --qos=normal
 #SBATCH --signal=USR1@600
@@ -142,13 +117,12 @@ head_node=${nodes_array[0]}
 head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 
-het_group_host_0=$(scontrol show hostnames=$SLURM_JOB_NODELIST_HET_GROUP_0 | head -n1)
-het_group_host_1=$(scontrol show hostnames=$SLURM_JOB_NODELIST_HET_GROUP_1 | head -n1)
-het_group_host_2=$(scontrol show hostnames=$SLURM_JOB_NODELIST_HET_GROUP_2 | head -n1)
-
+MEGATRON_DISTILL_RUN=/RUN
+job="$SLURM_JOB_ID"
+export MEGATRON_DISTILL_RUN
+run="$MEGATRON_DISTILL_RUN"
 
 # A requeued job starts here again: forget how the start before it ended, but keep why.
-run=/RUN
 past="$run"/launch/failures/"$SLURM_JOB_ID"-"${SLURM_RESTART_COUNT:-0}"
 mkdir -p "$past" && mv "$run"/errors/*.json "$past"/ 2>/dev/null
 rmdir "$past" 2>/dev/null
@@ -160,8 +134,7 @@ export TRAINER_HOST="$(uname -n)" TRAINER_PORT
 for TRAINER_PORT in $(shuf --input-range=20000-32767 --head-count=20); do
     (exec 3<>"/dev/tcp/127.0.0.1/$TRAINER_PORT") 2>/dev/null || break
 done
-hosts() { for list in ${!SLURM_JOB_NODELIST*}; do scontrol show hostnames "${!list}"; done | sort -u | paste -s -d ,; }
-export MEGATRON_DISTILL_HOSTS="$(hosts)"
+export MEGATRON_DISTILL_HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -s -d ,)"
 
 # Whether to go on: after the time limit if there is a new checkpoint; after a failure if it is not the last that is allowed.
 saved_step() { cat "$run"/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null || echo 0; }
@@ -178,16 +151,21 @@ go_on() {
         echo $(($(failed_starts) + 1)) > "$run"/launch/failed_starts
         [ "$(failed_starts)" -lt 3 ] || return
     fi
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
 }
-trap go_on EXIT
+end() {
+    go_on || :
+    # What waits for this job goes by how it ends, and that is how the run did.
+    if [ -e "$run"/finished.json ]; then exit 0; else exit 1; fi
+}
+trap end EXIT
 
 
 
 # Command 1
 
 
-srun --het-group=0 --output /RUN/launch/experiments/run/run_ID/roles/log-megatron-distill.roles-0_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/megatron-distill-0.1.0.sqsh --container-mounts /RUN:/RUN,/CWD:/CWD,/RUN/launch/experiments/run/run_ID/roles:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --mpi=none --cpu-bind=none --no-container-mount-home bash /nemo_run/scripts/roles-0.sh & pids[0]=$!
+srun --output /RUN/launch/experiments/run/run_ID/roles/log-megatron-distill.roles-0_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/megatron-distill-0.1.0.sqsh --container-mounts /RUN:/RUN,/CWD:/CWD,/RUN/launch/experiments/run/run_ID/roles:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --relative=0 --nodes=2 --ntasks=2 --ntasks-per-node=1 --overlap --mpi=none --cpu-bind=none --no-container-mount-home bash /nemo_run/scripts/roles-0.sh & pids[0]=$!
 
 sleep 0
 
@@ -195,7 +173,7 @@ sleep 0
 # Command 2
 
 
-srun --het-group=1 --output /RUN/launch/experiments/run/run_ID/roles/log-megatron-distill.roles-1_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/megatron-distill-0.1.0.sqsh --container-mounts /RUN:/RUN,/CWD:/CWD,/RUN/launch/experiments/run/run_ID/roles:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --nodes=1 --ntasks=8 --ntasks-per-node=8 --mpi=none --cpu-bind=none --no-container-mount-home bash /nemo_run/scripts/roles-1.sh & pids[1]=$!
+srun --output /RUN/launch/experiments/run/run_ID/roles/log-megatron-distill.roles-1_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/megatron-distill-0.1.0.sqsh --container-mounts /RUN:/RUN,/CWD:/CWD,/RUN/launch/experiments/run/run_ID/roles:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --relative=2 --nodes=1 --ntasks=8 --ntasks-per-node=8 --overlap --mpi=none --cpu-bind=none --no-container-mount-home bash /nemo_run/scripts/roles-1.sh & pids[1]=$!
 
 sleep 0
 
@@ -203,7 +181,7 @@ sleep 0
 # Command 3
 
 
-srun --het-group=2 --output /RUN/launch/experiments/run/run_ID/roles/log-megatron-distill.roles-2_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/megatron-distill-0.1.0.sqsh --container-mounts /RUN:/RUN,/CWD:/CWD,/RUN/launch/experiments/run/run_ID/roles:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --nodes=1 --ntasks=4 --ntasks-per-node=4 --mpi=none --cpu-bind=none --no-container-mount-home bash /nemo_run/scripts/roles-2.sh & pids[2]=$!
+srun --output /RUN/launch/experiments/run/run_ID/roles/log-megatron-distill.roles-2_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/megatron-distill-0.1.0.sqsh --container-mounts /RUN:/RUN,/CWD:/CWD,/RUN/launch/experiments/run/run_ID/roles:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --relative=3 --nodes=1 --ntasks=4 --ntasks-per-node=4 --overlap --mpi=none --cpu-bind=none --no-container-mount-home bash /nemo_run/scripts/roles-2.sh & pids[2]=$!
 
 
 # The code below monitors all SLURM jobs to ensure any failure forces them all to stop

@@ -1,5 +1,6 @@
 # === roles-0.sh ===
 #!/usr/bin/bash
+run="$MEGATRON_DISTILL_RUN"
 cd /CWD || exit 1  # where the recipe's relative paths are meant from
 set -u
 export OMP_NUM_THREADS=1
@@ -11,9 +12,9 @@ export TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1
 # Where processes are tracked by cgroups, Slurm's signals reach this shell alone: it stays, and passes them on.
 # The warning before the time limit is for the trainer, which looks for the file after each step.
-trap 'touch /RUN/stop_requested' USR1
+trap 'touch "$run"/stop_requested' USR1
 python -m torch.distributed.run --nnodes=2 --nproc-per-node=1 --node-rank="$SLURM_NODEID" --master-addr="$TRAINER_HOST" --master-port="$TRAINER_PORT" \
-  -m megatron_distill.launch.roles trainer /RUN >> /RUN/logs/trainer-"$SLURM_NODEID".out 2>&1 &
+  -m megatron_distill.launch.roles trainer "$run" >> "$run"/logs/trainer-"$SLURM_NODEID".out 2>&1 &
 role=$!
 trap 'kill -TERM "$role"' TERM
 while wait "$role"; kill -0 "$role" 2>/dev/null; do :; done  # a signal ends a wait too
@@ -21,6 +22,7 @@ wait "$role"; exit $?  # the shell remembers how it ended
 
 # === roles-1.sh ===
 #!/usr/bin/bash
+run="$MEGATRON_DISTILL_RUN"
 cd /CWD || exit 1  # where the recipe's relative paths are meant from
 set -u
 export OMP_NUM_THREADS=1
@@ -33,7 +35,7 @@ export HF_HUB_OFFLINE=1
 # Where processes are tracked by cgroups, Slurm's signals reach this shell alone: it stays, and passes them on.
 # The warning before the time limit is for the trainer, which looks for the file after each step.
 trap '' USR1
-python -m megatron_distill.launch.roles student-server /RUN --index "$SLURM_PROCID" >> /RUN/logs/student-"$SLURM_PROCID".out 2>&1 &
+python -m megatron_distill.launch.roles student-server "$run" --index "$SLURM_PROCID" >> "$run"/logs/student-"$SLURM_PROCID".out 2>&1 &
 role=$!
 trap 'kill -TERM "$role"' TERM
 while wait "$role"; kill -0 "$role" 2>/dev/null; do :; done  # a signal ends a wait too
@@ -41,6 +43,7 @@ exit 1  # a server that ends before the trainer has failed, however politely
 
 # === roles-2.sh ===
 #!/usr/bin/bash
+run="$MEGATRON_DISTILL_RUN"
 cd /CWD || exit 1  # where the recipe's relative paths are meant from
 set -u
 export OMP_NUM_THREADS=1
@@ -53,7 +56,7 @@ export HF_HUB_OFFLINE=1
 # Where processes are tracked by cgroups, Slurm's signals reach this shell alone: it stays, and passes them on.
 # The warning before the time limit is for the trainer, which looks for the file after each step.
 trap '' USR1
-python -m megatron_distill.launch.roles teacher-server /RUN --index "$SLURM_PROCID" >> /RUN/logs/teacher-"$SLURM_PROCID".out 2>&1 &
+python -m megatron_distill.launch.roles teacher-server "$run" --index "$SLURM_PROCID" >> "$run"/logs/teacher-"$SLURM_PROCID".out 2>&1 &
 role=$!
 trap 'kill -TERM "$role"' TERM
 while wait "$role"; kill -0 "$role" 2>/dev/null; do :; done  # a signal ends a wait too
@@ -71,34 +74,10 @@ exit 1  # a server that ends before the trainer has failed, however politely
 #SBATCH --exclusive
 #SBATCH --job-name=megatron-distill.roles-0
 #SBATCH --mem=0
-#SBATCH --nodes=2
+#SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
 #SBATCH --output=/RUN/launch/experiments/run/run_ID/roles/sbatch_megatron-distill.roles-0_%j.out
-#SBATCH --partition=lab
-#SBATCH --signal=USR1@120
-#SBATCH --time=1:00:00
-#SBATCH hetjob
-#SBATCH --account=lab
-#SBATCH --exclusive
-#SBATCH --job-name=megatron-distill.roles-1
-#SBATCH --mem=0
-#SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
-#SBATCH --open-mode=append
-#SBATCH --output=/RUN/launch/experiments/run/run_ID/roles/sbatch_megatron-distill.roles-1_%j.out
-#SBATCH --partition=lab
-#SBATCH --signal=USR1@120
-#SBATCH --time=1:00:00
-#SBATCH hetjob
-#SBATCH --account=lab
-#SBATCH --exclusive
-#SBATCH --job-name=megatron-distill.roles-2
-#SBATCH --mem=0
-#SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
-#SBATCH --open-mode=append
-#SBATCH --output=/RUN/launch/experiments/run/run_ID/roles/sbatch_megatron-distill.roles-2_%j.out
 #SBATCH --partition=lab
 #SBATCH --signal=USR1@120
 #SBATCH --time=1:00:00
@@ -119,13 +98,12 @@ head_node=${nodes_array[0]}
 head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 
-het_group_host_0=$(scontrol show hostnames=$SLURM_JOB_NODELIST_HET_GROUP_0 | head -n1)
-het_group_host_1=$(scontrol show hostnames=$SLURM_JOB_NODELIST_HET_GROUP_1 | head -n1)
-het_group_host_2=$(scontrol show hostnames=$SLURM_JOB_NODELIST_HET_GROUP_2 | head -n1)
-
+MEGATRON_DISTILL_RUN=/RUN
+job="$SLURM_JOB_ID"
+export MEGATRON_DISTILL_RUN
+run="$MEGATRON_DISTILL_RUN"
 
 # A requeued job starts here again: forget how the start before it ended, but keep why.
-run=/RUN
 past="$run"/launch/failures/"$SLURM_JOB_ID"-"${SLURM_RESTART_COUNT:-0}"
 mkdir -p "$past" && mv "$run"/errors/*.json "$past"/ 2>/dev/null
 rmdir "$past" 2>/dev/null
@@ -137,8 +115,7 @@ export TRAINER_HOST="$(uname -n)" TRAINER_PORT
 for TRAINER_PORT in $(shuf --input-range=20000-32767 --head-count=20); do
     (exec 3<>"/dev/tcp/127.0.0.1/$TRAINER_PORT") 2>/dev/null || break
 done
-hosts() { for list in ${!SLURM_JOB_NODELIST*}; do scontrol show hostnames "${!list}"; done | sort -u | paste -s -d ,; }
-export MEGATRON_DISTILL_HOSTS="$(hosts)"
+export MEGATRON_DISTILL_HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -s -d ,)"
 
 # Whether to go on: after the time limit if there is a new checkpoint; after a failure if it is not the last that is allowed.
 saved_step() { cat "$run"/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null || echo 0; }
@@ -155,16 +132,21 @@ go_on() {
         echo $(($(failed_starts) + 1)) > "$run"/launch/failed_starts
         [ "$(failed_starts)" -lt 1 ] || return
     fi
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
 }
-trap go_on EXIT
+end() {
+    go_on || :
+    # What waits for this job goes by how it ends, and that is how the run did.
+    if [ -e "$run"/finished.json ]; then exit 0; else exit 1; fi
+}
+trap end EXIT
 
 
 
 # Command 1
 
 
-srun --het-group=0 --output /RUN/launch/experiments/run/run_ID/roles/log-megatron-distill.roles-0_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /RUN/launch/experiments/run/run_ID/roles/code --wait=60 --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --mpi=none --cpu-bind=none bash /RUN/launch/experiments/run/run_ID/roles/scripts/roles-0.sh & pids[0]=$!
+srun --output /RUN/launch/experiments/run/run_ID/roles/log-megatron-distill.roles-0_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /RUN/launch/experiments/run/run_ID/roles/code --wait=60 --kill-on-bad-exit=1 --relative=0 --nodes=2 --ntasks=2 --ntasks-per-node=1 --overlap --mpi=none --cpu-bind=none bash /RUN/launch/experiments/run/run_ID/roles/scripts/roles-0.sh & pids[0]=$!
 
 sleep 0
 
@@ -172,7 +154,7 @@ sleep 0
 # Command 2
 
 
-srun --het-group=1 --output /RUN/launch/experiments/run/run_ID/roles/log-megatron-distill.roles-1_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /RUN/launch/experiments/run/run_ID/roles/code --wait=60 --kill-on-bad-exit=1 --nodes=1 --ntasks=1 --ntasks-per-node=1 --mpi=none --cpu-bind=none bash /RUN/launch/experiments/run/run_ID/roles/scripts/roles-1.sh & pids[1]=$!
+srun --output /RUN/launch/experiments/run/run_ID/roles/log-megatron-distill.roles-1_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /RUN/launch/experiments/run/run_ID/roles/code --wait=60 --kill-on-bad-exit=1 --relative=2 --nodes=1 --ntasks=1 --ntasks-per-node=1 --overlap --mpi=none --cpu-bind=none bash /RUN/launch/experiments/run/run_ID/roles/scripts/roles-1.sh & pids[1]=$!
 
 sleep 0
 
@@ -180,7 +162,7 @@ sleep 0
 # Command 3
 
 
-srun --het-group=2 --output /RUN/launch/experiments/run/run_ID/roles/log-megatron-distill.roles-2_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /RUN/launch/experiments/run/run_ID/roles/code --wait=60 --kill-on-bad-exit=1 --nodes=1 --ntasks=1 --ntasks-per-node=1 --mpi=none --cpu-bind=none bash /RUN/launch/experiments/run/run_ID/roles/scripts/roles-2.sh & pids[2]=$!
+srun --output /RUN/launch/experiments/run/run_ID/roles/log-megatron-distill.roles-2_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /RUN/launch/experiments/run/run_ID/roles/code --wait=60 --kill-on-bad-exit=1 --relative=3 --nodes=1 --ntasks=1 --ntasks-per-node=1 --overlap --mpi=none --cpu-bind=none bash /RUN/launch/experiments/run/run_ID/roles/scripts/roles-2.sh & pids[2]=$!
 
 
 # The code below monitors all SLURM jobs to ensure any failure forces them all to stop

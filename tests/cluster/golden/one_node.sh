@@ -1,5 +1,6 @@
 # === run.sh ===
 #!/usr/bin/bash
+run="$MEGATRON_DISTILL_RUN"
 cd /CWD || exit 1  # where the recipe's relative paths are meant from
 unset PYTHONPATH  # the submitting host's would hide the image's packages
 export PYTHONNOUSERSITE=1
@@ -16,8 +17,8 @@ export HF_HUB_OFFLINE=1
 export NCCL_IB_HCA=mlx5
 # Where processes are tracked by cgroups, Slurm's signals reach this shell alone: it stays, and passes them on.
 # The warning before the time limit is for the trainer, which looks for the file after each step.
-trap 'touch /RUN/stop_requested' USR1
-python -m megatron_distill.launch.cluster /RUN >> /RUN/logs/run.out 2>&1 &
+trap 'touch "$run"/stop_requested' USR1
+python -m megatron_distill.launch.cluster "$run" >> "$run"/logs/run.out 2>&1 &
 role=$!
 trap 'kill -TERM "$role"' TERM
 while wait "$role"; kill -0 "$role" 2>/dev/null; do :; done  # a signal ends a wait too
@@ -61,8 +62,12 @@ head_node=${nodes_array[0]}
 head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 
+MEGATRON_DISTILL_RUN=/RUN
+job="$SLURM_JOB_ID"
+export MEGATRON_DISTILL_RUN
+run="$MEGATRON_DISTILL_RUN"
+
 # A requeued job starts here again: forget how the start before it ended, but keep why.
-run=/RUN
 past="$run"/launch/failures/"$SLURM_JOB_ID"-"${SLURM_RESTART_COUNT:-0}"
 mkdir -p "$past" && mv "$run"/errors/*.json "$past"/ 2>/dev/null
 rmdir "$past" 2>/dev/null
@@ -74,8 +79,7 @@ export TRAINER_HOST="$(uname -n)" TRAINER_PORT
 for TRAINER_PORT in $(shuf --input-range=20000-32767 --head-count=20); do
     (exec 3<>"/dev/tcp/127.0.0.1/$TRAINER_PORT") 2>/dev/null || break
 done
-hosts() { for list in ${!SLURM_JOB_NODELIST*}; do scontrol show hostnames "${!list}"; done | sort -u | paste -s -d ,; }
-export MEGATRON_DISTILL_HOSTS="$(hosts)"
+export MEGATRON_DISTILL_HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -s -d ,)"
 
 # Whether to go on: after the time limit if there is a new checkpoint; after a failure if it is not the last that is allowed.
 saved_step() { cat "$run"/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null || echo 0; }
@@ -92,15 +96,20 @@ go_on() {
         echo $(($(failed_starts) + 1)) > "$run"/launch/failed_starts
         [ "$(failed_starts)" -lt 3 ] || return
     fi
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
 }
-trap go_on EXIT
+end() {
+    go_on || :
+    # What waits for this job goes by how it ends, and that is how the run did.
+    if [ -e "$run"/finished.json ]; then exit 0; else exit 1; fi
+}
+trap end EXIT
 
 
 
 # Command 1
 
-srun --output /RUN/launch/experiments/run/run_ID/run/log-megatron-distill.run_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/megatron-distill-0.1.0.sqsh --container-mounts /RUN:/RUN,/CWD:/CWD,/RUN/launch/experiments/run/run_ID/run:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --nodes=1 --ntasks=1 --ntasks-per-node=1 --mpi=none --cpu-bind=none --no-container-mount-home bash /nemo_run/scripts/run.sh
+srun --output /RUN/launch/experiments/run/run_ID/run/log-megatron-distill.run_%j_${SLURM_RESTART_COUNT:-0}.out --container-image /shared/images/megatron-distill-0.1.0.sqsh --container-mounts /RUN:/RUN,/CWD:/CWD,/RUN/launch/experiments/run/run_ID/run:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --relative=0 --nodes=1 --ntasks=1 --ntasks-per-node=1 --overlap --mpi=none --cpu-bind=none --no-container-mount-home bash /nemo_run/scripts/run.sh
 
 exitcode=$?
 
