@@ -2,12 +2,16 @@
 
     megatron-distill train recall.distil                                    # mostly forward KL, which is well behaved
     megatron-distill train recall.distil distill.reverse_kl_weight=1        # reverse KL over the long horizon, which runs away
+    megatron-distill train recall.self_distillation                         # a model under itself, which has the book open
 
 The studies over these runs are in ``recall_studies``; the task, and how its models were made, in ``recall_task``.
 """
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from megatron_distill.recipes.recall_task import OpenBookProblem
 
 from megatron_distill.config import (
     DataConfig,
@@ -25,6 +29,8 @@ from megatron_distill.config import (
     TeacherConfig,
 )
 from megatron_distill.config.schedules import constant
+from megatron_distill.rollouts.prompts import encode_prompt
+from megatron_distill.types import Problem
 
 MODELS = Path(__file__).parent / "recall_models"
 SHORT_TOKENS, MIDDLE_TOKENS, LONG_TOKENS = 24, 64, 160  # about 1, 2.5 and 6 times a natural response
@@ -101,6 +107,42 @@ def with_top_k(config: RunConfig, num_logprobs: int, tail: str = "bucket") -> Ru
         config,
         teacher=replace(config.teacher, transport="sglang_topk", num_logprobs=num_logprobs, tail=tail),  # type: ignore[arg-type]
     )
+
+
+def with_hidden_states(config: RunConfig) -> RunConfig:
+    """The same run under a served teacher that tells its hidden states, which hold all of its distribution."""
+    return replace(config, teacher=replace(config.teacher, transport="sglang_hidden"))
+
+
+def by_sequence(config: RunConfig) -> RunConfig:
+    """The same run with the mean over responses of their means: a long response weighs no more than a short one."""
+    return replace(config, distill=replace(config.distill, normalisation="sequence"))
+
+
+def self_distillation() -> RunConfig:
+    """The reader learns by heart what it can read: its teacher is itself, as it began, with the facts before it (64 scores are
+    its whole distribution)."""
+    config = with_top_k(distil(), 64)
+    reader = str(MODELS / "reader")
+    return replace(
+        config,
+        name="recall-self-distillation",
+        student=replace(config.student, path=reader),
+        teacher=replace(config.teacher, path=reader, prompt_builder=f"{__file__}:open_book", max_prompt_tokens=36),
+    )
+
+
+def open_book(tokenizer: Any, problem: Problem) -> list[int]:
+    """What the teacher sees of a problem: the facts that it needs, then the question."""
+    last = problem.messages[-1]
+    start, *tables = last.content.split()
+    told = replace(last, content=OpenBookProblem(int(start), "".join(tables)).prompt())
+    return encode_prompt(tokenizer, replace(problem, messages=(*problem.messages[:-1], told)))
+
+
+def without_book(config: RunConfig) -> RunConfig:
+    """The same run under a teacher that sees what the student does."""
+    return replace(config, teacher=replace(config.teacher, prompt_builder="same", max_prompt_tokens=None))
 
 
 def grpo() -> RunConfig:

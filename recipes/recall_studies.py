@@ -10,55 +10,43 @@ within 200 steps.
 
 `runaway` asks whether it happens and what prevents it; `controls` which of its ingredients it needs; `gate` what the
 entropy gate adds to a ladder; `stop_tokens` how much length comes from two stop tokens that are not one action; `top_k` what a
-top k costs; `staleness` what stale rollouts cost under each direction; `hand_off` what RL makes of each student.
+top k costs; `staleness` what stale rollouts cost under each direction; `hand_off` what RL makes of each student; `open_book`
+what a model learns from itself if it may look things up.
 """
 
 from dataclasses import replace
 
 from megatron_distill.recipes import recall
 from megatron_distill.recipes.recall import (
-    LONG_TOKENS,
-    MIDDLE_TOKENS,
-    SHORT_TOKENS,
+    by_sequence,
     distil,
+    self_distillation,
     with_flat_teacher,
-    with_horizon,
+    with_hidden_states,
     with_own_stop_only,
     with_teacher_prefixes,
     with_top_k,
     with_weight,
+    without_book,
+)
+from megatron_distill.recipes.recall_arms import (
+    COLUMNS,
+    FORWARD_LONG,
+    MIXED_LONG,
+    QUICK_LADDER,
+    REVERSE_GATED,
+    REVERSE_LONG,
+    REVERSE_MIDDLE,
+    REVERSE_SHORT,
+    divergences,
+    healthier,
+    labels,
+    over_steps,
+    remedied,
+    study_of,
 )
 
 from megatron_distill.study.design import Arm, Comparison, Group, Question, Study, StudyFigure
-
-SEEDS = (11, 12, 13, 14, 15)
-_SCOPE = (
-    "A student of 0.06 million parameters that is wrong about many facts learns look-ups from a teacher of 0.23 million that "
-    "hesitates, the more the longer it has; responses take about 25 tokens, at most 160. The task is built so that loops feed "
-    "themselves: it shows a mechanism that can yield what arXiv 2605.16826 reports of language models, and is no evidence "
-    "that theirs is the same. Seeds vary the distillation; there is one teacher and one student to begin with."
-)
-_COLUMNS = (
-    *("path_avg_at_k", "peak_response_tokens", "low_entropy_nats"),
-    *("avg_at_k", "response_tokens", "truncated_frac", "entropy_nats", "horizon_tokens"),
-)
-_QUICK = ("num_steps=100", "save_every_steps=0", "evaluation.num_problems=100", "evaluation.every_steps=50")
-_QUICK_LADDER = ("curriculum.stage_steps=33",)
-
-# --- arms; a name stands for the same config in every study -------------------------------------------------------------
-
-REVERSE_LONG = Arm("w1_long", f"w = 1, {LONG_TOKENS} tokens", with_weight(distil(), 1))
-REVERSE_SHORT = Arm("w1_short", f"w = 1, {SHORT_TOKENS} tokens", with_horizon(REVERSE_LONG.config, SHORT_TOKENS))
-REVERSE_MIDDLE = Arm("w1_middle", f"w = 1, {MIDDLE_TOKENS} tokens", with_horizon(REVERSE_LONG.config, MIDDLE_TOKENS))
-REVERSE_GATED = Arm(
-    "w1_gated",
-    "w = 1, entropy-gated curriculum",
-    replace(REVERSE_LONG.config, curriculum=recall.GATED),
-    quick_overrides=_QUICK_LADDER,
-)
-HALF_LONG = Arm("w05_long", f"w = 0.5, {LONG_TOKENS} tokens", with_weight(distil(), 0.5))
-MIXED_LONG = Arm("w02_long", f"w = 0.2, {LONG_TOKENS} tokens", distil())
-FORWARD_LONG = Arm("w0_long", f"w = 0, {LONG_TOKENS} tokens", with_weight(distil(), 0))
 
 
 def runaway() -> Study:
@@ -71,16 +59,16 @@ def runaway() -> Study:
         title="Training length under reverse KL: accuracy against stability",
         claim="Over a long horizon reverse KL runs away: on the way its responses are longer, its entropy is lower and it is "
         "less accurate than over a short one.",
-        arms=_labels(REVERSE_LONG, REVERSE_SHORT, REVERSE_GATED),
-        columns=_COLUMNS,
-        figures=(_over_steps("length", "Held-out accuracy, length and entropy over training"), _divergences("length")),
-        comparisons=_healthier(short, long),
+        arms=labels(REVERSE_LONG, REVERSE_SHORT, REVERSE_GATED),
+        columns=COLUMNS,
+        figures=(over_steps("length", "Held-out accuracy, length and entropy over training"), divergences("length")),
+        comparisons=healthier(short, long),
     )
     settled = Question(
         title="Training length under reverse KL: at the end",
         claim="What ran away has not come back by the last step: it is longer, with less entropy, and less accurate.",
-        arms=_labels(REVERSE_LONG, REVERSE_SHORT),
-        columns=_COLUMNS,
+        arms=labels(REVERSE_LONG, REVERSE_SHORT),
+        columns=COLUMNS,
         figures=(),
         comparisons=(
             Comparison("response_tokens", long, short),
@@ -92,35 +80,37 @@ def runaway() -> Study:
         title="Remedy: KL mixing",
         claim="Over the long horizon mostly forward KL (w = 0.2) does not run away, and is more accurate on the way than "
         "either end.",
-        arms=_labels(REVERSE_LONG, MIXED_LONG, FORWARD_LONG),
-        columns=_COLUMNS,
-        figures=(_over_steps("mixing", "Held-out accuracy, length and entropy over training"), _divergences("mixing")),
-        comparisons=(*_healthier(mix, long), Comparison("path_avg_at_k", mix, forward)),
+        arms=labels(REVERSE_LONG, MIXED_LONG, FORWARD_LONG),
+        columns=COLUMNS,
+        figures=(over_steps("mixing", "Held-out accuracy, length and entropy over training"), divergences("mixing")),
+        comparisons=(*healthier(mix, long), Comparison("path_avg_at_k", mix, forward)),
     )
-    return _study(
+    return study_of(
         "recall-runaway",
         "Reverse KL that runs away",
         "runaway",
         arms,
-        (length, settled, mixing, _remedy("curriculum", REVERSE_GATED, REVERSE_LONG)),
+        (length, settled, mixing, remedied("curriculum", REVERSE_GATED, REVERSE_LONG)),
     )
 
 
 def controls() -> Study:
-    """Which ingredients the runaway needs: the rising hazard, the learning rate, the student's own prefixes, the dose."""
+    """Which ingredients the runaway needs: the rising hazard, the learning rate, the student's own prefixes, the weight of long
+    responses, the dose."""
     flat = Arm("w1_long_flat", "w = 1, long, flat teacher", with_flat_teacher(REVERSE_LONG.config))
     slow_optimizer = replace(REVERSE_LONG.config.optimizer, lr=recall.LR * 0.4)
     slow = Arm("w1_long_slow", "w = 1, long, lr 4e-4", replace(REVERSE_LONG.config, optimizer=slow_optimizer))
     teacher = Arm("w1_long_teacher", "w = 1, long, teacher prefixes", with_teacher_prefixes(REVERSE_LONG.config))
+    mean = Arm("w1_long_by_sequence", "w = 1, long, mean per response", by_sequence(REVERSE_LONG.config))
     long = Group("w = 1, long", (REVERSE_LONG.name,))
     needs = tuple(
         Question(
             title=title,
             claim=claim,
-            arms=_labels(REVERSE_LONG, arm),
-            columns=_COLUMNS,
-            figures=(_over_steps(arm.name, title),),
-            comparisons=_healthier(Group(arm.label, (arm.name,)), long),
+            arms=labels(REVERSE_LONG, arm),
+            columns=COLUMNS,
+            figures=(over_steps(arm.name, title),),
+            comparisons=healthier(Group(arm.label, (arm.name,)), long),
         )
         for arm, title, claim in (
             (
@@ -130,13 +120,18 @@ def controls() -> Study:
             ),
             (slow, "Depends on the learning rate", "At 0.4 of the learning rate nothing runs away."),
             (teacher, "Needs the student's prefixes", "At the teacher's prefixes nothing runs away."),
+            (
+                mean,
+                "Needs a mean over tokens",
+                "Where a response that loops weighs no more than one that answers, nothing runs away.",
+            ),
         )
     )
     dose = Question(
         title="Dose: horizon",
         claim="The middle horizon lies between: shorter responses than the long one, longer than the short one.",
-        arms=_labels(REVERSE_SHORT, REVERSE_MIDDLE, REVERSE_LONG),
-        columns=_COLUMNS,
+        arms=labels(REVERSE_SHORT, REVERSE_MIDDLE, REVERSE_LONG),
+        columns=COLUMNS,
         figures=(
             StudyFigure(
                 "dose",
@@ -153,11 +148,11 @@ def controls() -> Study:
             ),
         ),
     )
-    return _study(
+    return study_of(
         "recall-controls",
         "What the runaway needs",
         "controls",
-        (REVERSE_LONG, REVERSE_SHORT, REVERSE_MIDDLE, flat, slow, teacher),
+        (REVERSE_LONG, REVERSE_SHORT, REVERSE_MIDDLE, flat, slow, teacher, mean),
         (*needs, dose),
     )
 
@@ -174,16 +169,16 @@ def gate() -> Study:
         Arm(name, label, replace(REVERSE_LONG.config, curriculum=curriculum))
         for name, (label, curriculum) in paced.items()
     )
-    return _study(
+    return study_of(
         "recall-gate",
         "What the entropy gate adds",
         "gate",
-        (REVERSE_LONG, REVERSE_GATED, replace(ladder, quick_overrides=_QUICK_LADDER), hasty, hasty_gated, progressive),
+        (REVERSE_LONG, REVERSE_GATED, replace(ladder, quick_overrides=QUICK_LADDER), hasty, hasty_gated, progressive),
         (
-            _remedy("gate_hasty", hasty_gated, hasty, "The gate saves a ladder that is climbed too fast"),
-            _remedy("gate_paced", REVERSE_GATED, ladder, "The gate at a ladder's own pace"),
-            _remedy("gate_progressive", REVERSE_GATED, progressive, "Gated against progressive"),
-            _remedy("gate_fixed", REVERSE_GATED, REVERSE_LONG, "Gated against fixed"),
+            remedied("gate_hasty", hasty_gated, hasty, "The gate saves a ladder that is climbed too fast"),
+            remedied("gate_paced", REVERSE_GATED, ladder, "The gate at a ladder's own pace"),
+            remedied("gate_progressive", REVERSE_GATED, progressive, "Gated against progressive"),
+            remedied("gate_fixed", REVERSE_GATED, REVERSE_LONG, "Gated against fixed"),
         ),
     )
 
@@ -203,9 +198,9 @@ def stop_tokens() -> Study:
         Question(
             title=f"Stop tokens: {arm.label}",
             claim="Two stop tokens that are not merged make responses longer, and less accurate.",
-            arms=_labels(arm, unmerged[arm.name]),
-            columns=_COLUMNS,
-            figures=(_over_steps(f"stop_{arm.name}", arm.label),),
+            arms=labels(arm, unmerged[arm.name]),
+            columns=COLUMNS,
+            figures=(over_steps(f"stop_{arm.name}", arm.label),),
             comparisons=(
                 Comparison(
                     "response_tokens", Group("not merged", (unmerged[arm.name].name,)), Group("merged", (arm.name,))
@@ -215,7 +210,7 @@ def stop_tokens() -> Study:
         )
         for arm in (*merged, *written)
     )
-    return _study(
+    return study_of(
         "recall-stop-tokens",
         "Stop tokens and length",
         "stop_tokens",
@@ -231,13 +226,14 @@ def stop_tokens() -> Study:
 
 
 def top_k() -> Study:
-    """What a top k costs in learning, what becomes of the tail, and what one token tells, on a run that behaves."""
+    """What a top k costs, what becomes of its tail, what hidden states tell beyond it and one token does, on a sound run."""
     full = Arm("top_64", "all 64 tokens", with_top_k(distil(), 64))
     buckets = tuple(Arm(f"top_{k}", f"top {k}, tail in a bucket", with_top_k(distil(), k)) for k in (1, 2, 8))
     others = tuple(
         Arm(f"top_2_{tail}", f"top 2, tail {tail}", with_top_k(distil(), 2, tail))
         for tail in ("renormalised", "dropped")
     )
+    hidden = Arm("hidden", "hidden states: exact", with_hidden_states(distil()))
     estimated = Arm(
         "w0_k3",
         "forward KL, estimated from the written token (k3)",
@@ -248,10 +244,10 @@ def top_k() -> Study:
     size = Question(
         title="Size of the top k",
         claim="The whole distribution teaches more than a top k with its tail in a bucket.",
-        arms=_labels(full, *buckets),
-        columns=_COLUMNS,
+        arms=labels(full, *buckets),
+        columns=COLUMNS,
         figures=(
-            _over_steps("top_k", "Over training"),
+            over_steps("top_k", "Over training"),
             StudyFigure("top_k_dose", "Against k", "dose", ("avg_at_k", "entropy_nats"), "teacher.num_logprobs"),
         ),
         comparisons=tuple(Comparison("avg_at_k", everything, Group(arm.label, (arm.name,))) for arm in buckets),
@@ -259,28 +255,40 @@ def top_k() -> Study:
     tail = Question(
         title="The tail of a top 2",
         claim="A bucket for the tail teaches more than conditioning on the top k, or dropping the tail.",
-        arms=_labels(full, buckets[1], *others),
-        columns=_COLUMNS,
-        figures=(_over_steps("tail", "Over training"),),
+        arms=labels(full, buckets[1], *others),
+        columns=COLUMNS,
+        figures=(over_steps("tail", "Over training"),),
         comparisons=tuple(Comparison("avg_at_k", two, Group(arm.label, (arm.name,))) for arm in others),
+    )
+    exact = Question(
+        title="Hidden states against a top k",
+        claim="Hidden states, from which the trainer makes the exact distribution, teach more than a top k with its tail in a "
+        "bucket. (All 64 tokens are the same distribution, told otherwise.)",
+        arms=labels(hidden, full, *buckets),
+        columns=(*COLUMNS, "seconds"),
+        figures=(over_steps("hidden", "Over training"),),
+        comparisons=tuple(
+            Comparison("avg_at_k", Group(hidden.label, (hidden.name,)), Group(arm.label, (arm.name,)))
+            for arm in buckets
+        ),
     )
     sampled = Question(
         title="One token against the distribution",
         claim="At equal tokens, forward KL over the distribution teaches more than its estimate from the written token.",
-        arms=_labels(FORWARD_LONG, estimated),
-        columns=_COLUMNS,
-        figures=(_over_steps("sampled", "Over training"),),
+        arms=labels(FORWARD_LONG, estimated),
+        columns=COLUMNS,
+        figures=(over_steps("sampled", "Over training"),),
         comparisons=(
             Comparison("avg_at_k", Group("distribution", (FORWARD_LONG.name,)), Group("estimate", (estimated.name,))),
         ),
     )
-    return _study(
+    return study_of(
         "recall-top-k",
         "What a part of the teacher's distribution costs",
         "top_k",
-        (full, *buckets, *others, FORWARD_LONG, estimated),
-        (size, tail, sampled),
-        quick=(full.name, "top_2", "top_2_renormalised", "top_2_dropped"),
+        (full, *buckets, *others, hidden, FORWARD_LONG, estimated),
+        (size, tail, exact, sampled),
+        quick=(full.name, "top_2", "top_2_renormalised", "top_2_dropped", hidden.name),
     )
 
 
@@ -302,9 +310,9 @@ def staleness() -> Study:
         Question(
             title=f"Staleness: {arm.label}",
             claim="Fresh rollouts teach more than stale ones, and take longer.",
-            arms=_labels(arm, *stale[arm.name]),
-            columns=(*_COLUMNS, "seconds"),
-            figures=(_over_steps(f"stale_{arm.name}", arm.label),),
+            arms=labels(arm, *stale[arm.name]),
+            columns=(*COLUMNS, "seconds"),
+            figures=(over_steps(f"stale_{arm.name}", arm.label),),
             comparisons=tuple(
                 Comparison(measure, Group("fresh", (arm.name,)), Group(one.label, (one.name,)))
                 for one in stale[arm.name]
@@ -314,7 +322,7 @@ def staleness() -> Study:
         for arm in fresh
     )
     arms = tuple(one for arm in fresh for one in (arm, *stale[arm.name]))
-    return _study("recall-staleness", "Stale rollouts", "staleness", arms, questions)
+    return study_of("recall-staleness", "Stale rollouts", "staleness", arms, questions)
 
 
 def hand_off() -> Study:
@@ -327,7 +335,7 @@ def hand_off() -> Study:
     question = Question(
         title="Hand-off to RL",
         claim="RL gains more after forward KL than after reverse KL, and ends higher after distillation than alone.",
-        arms=_labels(alone, *after),
+        arms=labels(alone, *after),
         columns=("avg_at_k", "gain_avg_at_k", "entropy_nats", "response_tokens", "seconds"),
         figures=(
             StudyFigure("hand_off", "Before and after RL", "hand_off", ("avg_at_k", "entropy_nats")),
@@ -339,60 +347,51 @@ def hand_off() -> Study:
             Comparison("avg_at_k", forward, Group("RL alone", (alone.name,))),
         ),
     )
-    return _study("recall-hand-off", "Distil, then reinforce", "hand_off", (*before, alone, *after), (question,))
+    return study_of("recall-hand-off", "Distil, then reinforce", "hand_off", (*before, alone, *after), (question,))
 
 
-def _study(
-    name: str,
-    title: str,
-    function: str,
-    arms: tuple[Arm, ...],
-    questions: tuple[Question, ...],
-    quick: tuple[str, ...] = (),
-) -> Study:
-    return Study(
-        name=name,
-        title=title,
-        scope=_SCOPE,
-        command=f"megatron-distill study recall_studies.{function} --dir runs/study-recall",
-        arms=arms,
-        seeds=SEEDS,
-        questions=questions,
-        quick_arms=quick or tuple(arm.name for arm in arms),
-        quick_overrides=_QUICK,
+def open_book() -> Study:
+    """Self-distillation: a model that is wrong by heart under itself, which reads the facts from its prompt."""
+    forward = Arm("book_w0", "own open book, w = 0", with_weight(self_distillation(), 0))
+    reverse = Arm("book_w1", "own open book, w = 1", with_weight(self_distillation(), 1))
+    closed = Arm("book_closed", "itself without the book, w = 0", without_book(forward.config))
+    by_heart = Arm(
+        "book_by_heart",
+        "teacher that knows by heart, w = 0",
+        replace(closed.config, teacher=replace(closed.config.teacher, path=distil().teacher.path)),
     )
-
-
-def _labels(*arms: Arm) -> dict[str, str]:
-    return {arm.name: arm.label for arm in arms}
-
-
-def _over_steps(name: str, title: str) -> StudyFigure:
-    return StudyFigure(f"{name}_steps", title, "path", ("avg_at_k", "response_tokens", "entropy_nats"))
-
-
-def _divergences(name: str) -> StudyFigure:
-    """What the loss shows of it in training: a low reverse KL is no sign of health."""
-    metrics = ("reverse_kl_nats", "student_entropy_nats", "response_tokens")
-    return StudyFigure(f"{name}_training", "Reverse KL, entropy and length in training", "curves", metrics)
-
-
-def _remedy(name: str, remedy: Arm, without: Arm, title: str = "Remedy: entropy-gated length curriculum") -> Question:
-    better, worse = Group(remedy.label, (remedy.name,)), Group(without.label, (without.name,))
-    return Question(
-        title=title,
-        claim=f"More accurate on the way, with shorter responses and more entropy: {remedy.label}, against {without.label}.",
-        arms=_labels(without, remedy),
-        columns=_COLUMNS,
-        figures=(_over_steps(name, title),),
-        comparisons=_healthier(better, worse),
+    direct, back, alone, taught = (Group(arm.label, (arm.name,)) for arm in (forward, reverse, closed, by_heart))
+    learns = Question(
+        title="A model's own open book as its teacher",
+        claim="What a model answers with the facts before it, it learns to answer without, under either direction of the KL.",
+        arms=labels(closed, forward, reverse),
+        columns=("gain_avg_at_k", *COLUMNS),
+        figures=(over_steps("book", "Held-out accuracy, length and entropy over training"), divergences("book")),
+        comparisons=(Comparison("avg_at_k", direct, alone), Comparison("avg_at_k", back, alone)),
     )
-
-
-def _healthier(sound: Group, sick: Group) -> tuple[Comparison, ...]:
-    """That one did not run away and the other did, at any evaluation: what ran away may have come back by the last step."""
-    return (
-        Comparison("peak_response_tokens", sick, sound),
-        Comparison("low_entropy_nats", sound, sick),
-        Comparison("path_avg_at_k", sound, sick),
+    direction = Question(
+        title="Direction of the KL under the own open book",
+        claim="Reverse KL is more accurate, forward KL keeps more entropy.",
+        arms=labels(forward, reverse),
+        columns=COLUMNS,
+        figures=(),
+        comparisons=(Comparison("avg_at_k", back, direct), Comparison("entropy_nats", direct, back)),
+    )
+    rival = Question(
+        title="Own open book against a teacher that knows by heart",
+        claim="A larger teacher, which sees no more than the student but knows the facts, teaches more. (Where the student has "
+        "gone wrong it goes on from there; the book answers as if nothing had happened.)",
+        arms=labels(forward, by_heart),
+        columns=COLUMNS,
+        figures=(),
+        comparisons=(Comparison("avg_at_k", taught, direct),),
+    )
+    return study_of(
+        "recall-open-book",
+        "A model under itself with the book open",
+        "open_book",
+        (forward, reverse, closed, by_heart),
+        (learns, direction, rival),
+        scope="A model of 0.06 million parameters that is wrong by heart about many facts, and right with them in its prompt, "
+        "is its own teacher. One task, one such model; seeds vary the distillation.",
     )

@@ -99,6 +99,24 @@ class RecallProblem:
         return " ".join((str(self.start), *self.tables))
 
 
+class OpenBookProblem(RecallProblem):
+    """The same with the facts that it needs before it, as solutions put them, in an order of its own: what has to be known by
+    heart otherwise.
+
+        30 H 11 ; 23 A 5 ; 14 E 23 ; 5 F 30 ; 14 E A F H
+    """
+
+    def prompt(self) -> str:
+        """The facts, then the question."""
+        number, entries = self.start, []
+        for table in self.tables:
+            found = facts()[table, number]
+            entries.append(f"{number} {table} {found} ;")
+            number = found
+        random.Random(self.id).shuffle(entries)
+        return " ".join((*entries, super().prompt()))
+
+
 def sample_problem(rng: random.Random, min_steps: int = MIN_STEPS, max_steps: int = MAX_STEPS) -> RecallProblem:
     """Draw a problem: the number of look-ups is uniform between the two, then the start, then the tables."""
     num_steps = rng.randint(min_steps, max_steps)

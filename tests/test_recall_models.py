@@ -45,7 +45,7 @@ def measured() -> dict[str, Any]:
     return json.loads((MODELS / "measured.json").read_text())
 
 
-@pytest.mark.parametrize("teacher", ["teacher", "teacher_flat"])
+@pytest.mark.parametrize("teacher", ["teacher", "teacher_flat", "reader"])
 def test_they_share_a_vocabulary_in_which_a_word_is_a_token(teacher: str) -> None:
     """64 tokens on both sides; a solution has as many tokens as words, and survives decoding, with its box."""
     vocabulary = load_vocabulary(MODELS / "student", MODELS / teacher, STOP_TOKENS)
@@ -97,8 +97,17 @@ def test_the_student_is_mostly_wrong_and_hardly_hesitates(measured: dict[str, An
     assert 0.005 < student["hazard"][0] < 0.1
 
 
+def test_the_reader_is_as_wrong_as_the_student_by_heart_and_right_with_the_book(measured: dict[str, Any]) -> None:
+    """Of the student's size: what it can teach itself is all in the book, of a level that it is not distilled on too."""
+    reader = measured["reader"]
+    assert reader["held out"]["accuracy"] <= 0.15 and reader["held out"]["truncated_frac"] <= 0.01
+    assert reader["held out, open book"]["accuracy"] >= 0.85 and reader["hard, open book"]["accuracy"] >= 0.7
+    sizes = [(MODELS / name / "model.safetensors").stat().st_size for name in ("reader", "student")]
+    assert sizes[0] == sizes[1]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["teacher", "teacher_flat", "student"])
+@pytest.mark.parametrize("name", ["teacher", "teacher_flat", "student", "reader"])
 def test_what_is_stored_is_what_the_files_do(maker: ModuleType, measured: dict[str, Any], name: str) -> None:
     """The hazards in `measured.json` are those of the weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

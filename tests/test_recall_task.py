@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from megatron_distill.recipes import recall
 from megatron_distill.recipes.recall_task import (
     HARD_STEPS,
     HAZARD,
@@ -15,6 +16,7 @@ from megatron_distill.recipes.recall_task import (
     RIGHT,
     TABLES,
     WAIT,
+    OpenBookProblem,
     RecallProblem,
     Writer,
     confused_facts,
@@ -25,8 +27,10 @@ from megatron_distill.recipes.recall_task import (
     write_jsonl,
 )
 
+from megatron_distill.models.vocabulary import load_vocabulary
 from megatron_distill.rewards.math_verifier import MathVerifier
 from megatron_distill.rollouts.problems import load_problems
+from megatron_distill.types import Message, Problem
 
 PROBLEMS = list(islice(sample_problems(7), 300))
 
@@ -66,6 +70,24 @@ def test_right_solutions_are_right_step_by_step(tmp_path: Path) -> None:
         assert "".join(table for table, _, _ in steps) == problem.id.split("-")[1]
     rewards = MathVerifier().verify([p.solution or "" for p in problems], [p.answer for p in problems])
     assert rewards == [1.0] * len(problems)
+
+
+def test_the_open_book_holds_the_facts_of_the_solution_in_another_order() -> None:
+    """Each look-up once, before the same question; the longest that the recipe's teacher is shown is as long as it may be."""
+    config = recall.self_distillation()
+    vocabulary = load_vocabulary(config.student.path, config.teacher.path, config.rollouts.stop_tokens)
+    problems = held_out_problems()[:64]
+    in_order, longest = 0, 0
+    for problem in problems:
+        prompt = OpenBookProblem(problem.start, problem.tables).prompt()
+        book, _, question = prompt.rpartition(" ; ")
+        needed = looked_up(RIGHT.write(problem, random.Random(0)))
+        assert question == problem.prompt() and sorted(looked_up(f"{book} ;")) == sorted(needed)
+        in_order += looked_up(f"{book} ;") == needed
+        ids = recall.open_book(vocabulary.tokenizer, Problem(problem.id, (Message("user", question),), ""))
+        assert prompt in vocabulary.decode(ids)
+        longest = max(longest, len(ids))
+    assert in_order < len(problems) / 8 and longest == config.teacher.max_prompt_tokens
 
 
 def test_hesitation_feeds_itself() -> None:

@@ -8,7 +8,8 @@ In: ``megatron_distill.recipes.recall_task``. Out: Hugging Face directories, Qwe
 
 - the *teacher* knows every fact and hesitates, the more the longer it has; it ends with ``<|im_end|>``;
 - the *teacher_flat* hesitates with the same chance each time: the control for the loop that feeds itself;
-- the *student*, a quarter as large, is wrong about many facts and hardly hesitates; it ends with ``<|endoftext|>``.
+- the *student*, a quarter as large, is wrong about many facts and hardly hesitates; it ends with ``<|endoftext|>``;
+- the *reader*, of the student's size, is as wrong about them by heart, and right with the facts before it: its own teacher.
 
 A word is a token, so that a response's length is its number of words; 64 tokens in all.
 """
@@ -47,6 +48,7 @@ from megatron_distill.recipes.recall_task import (
     TABLES,
     TRAIN_SEED,
     WAIT,
+    OpenBookProblem,
     RecallProblem,
     Writer,
     confused_facts,
@@ -67,11 +69,18 @@ MAX_STREAK = 12
 CONFUSED_FRAC, WRONG_FRAC, CONFUSED_SEED = 0.6, 0.75, 52
 _FLAT = Writer(FLAT_HAZARD, {}, 0.0)
 _STUDENT = Writer(STUDENT_HAZARD, confused_facts(CONFUSED_FRAC, CONFUSED_SEED), WRONG_FRAC)
+_COPYIST = Writer(STUDENT_HAZARD, {}, 0.0)
+
+
+def _read_or_recall(problem: RecallProblem, rng: random.Random) -> str:
+    return (_COPYIST if isinstance(problem, OpenBookProblem) else _STUDENT).write(problem, rng)
+
 
 TEACHER = Role("teacher", 96, 256, 2, 4, False, IM_END, RIGHT.write, 1100, 48, 4e-3, seed=21, initial_std=0.08)
 TEACHER_FLAT = Role("teacher_flat", 96, 256, 2, 4, False, IM_END, _FLAT.write, 700, 48, 4e-3, seed=22, initial_std=0.08)
 STUDENT = Role("student", 48, 96, 2, 2, True, END_OF_TEXT, _STUDENT.write, 900, 48, 4e-3, seed=23)
-ROLES = (TEACHER, TEACHER_FLAT, STUDENT)
+READER = Role("reader", 48, 96, 2, 2, True, END_OF_TEXT, _read_or_recall, 3000, 32, 4e-3, seed=24, initial_std=0.08)
+ROLES = (TEACHER, TEACHER_FLAT, STUDENT, READER)
 
 
 def make_tokenizer() -> Tokenizer:
@@ -86,8 +95,15 @@ def make_tokenizer() -> Tokenizer:
 
 
 def problems_of(role: Role) -> Iterator[RecallProblem]:
-    """What a model is pre-trained on: all levels."""
-    return sample_problems(role.seed, HARD_STEPS)
+    """What a model is pre-trained on: all levels; the reader has the book open for every second problem."""
+    for number, problem in enumerate(sample_problems(role.seed, HARD_STEPS)):
+        has_book = role is READER and number % 2 == 0
+        yield open_book(problem) if has_book else problem
+
+
+def open_book(problem: RecallProblem) -> OpenBookProblem:
+    """The same problem with its facts before it."""
+    return OpenBookProblem(problem.start, problem.tables)
 
 
 @torch.no_grad()
@@ -111,11 +127,14 @@ def measure_hazard(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) 
     return [round(total / 64, 3) for total in sums]
 
 
-def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What a model does on held-out problems by itself, at temperature 1, and how it hesitates."""
+def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, reads: bool = False) -> dict[str, Any]:
+    """What a model does on held-out problems by itself, at temperature 1, and with the book if it reads; how it hesitates."""
     stops = tokenizer.convert_tokens_to_ids([END_OF_TEXT, IM_END])
     numbers: dict[str, Any] = {}
-    for level, problems in {"held out": held_out_problems(), "hard": hard_problems()}.items():
+    levels: dict[str, tuple[RecallProblem, ...]] = {"held out": held_out_problems(), "hard": hard_problems()}
+    if reads:
+        levels |= {f"{level}, open book": tuple(map(open_book, problems)) for level, problems in levels.items()}
+    for level, problems in levels.items():
         responses = respond(model, tokenizer, problems, sample=True, max_new_tokens=MEASURED_TOKENS)
         numbers[level] = {
             "accuracy": round(accuracy_of(tokenizer, problems, responses), 3),
@@ -129,7 +148,7 @@ def make_model(role: Role, tokenizer: Tokenizer, out: Path) -> dict[str, Any]:
     """Pre-trains one model, measures it, and saves it under ``out``."""
     wrapped = wrap_tokenizer(tokenizer, role.stop_token)
     model = trained_model(role, wrapped, tokenizer, problems_of(role))
-    measured = measure(model, wrapped)
+    measured = measure(model, wrapped, reads=role is READER)
     print(f"{role.name}: {measured}", flush=True)
     save_model(role, model, wrapped, out)
     return measured

@@ -292,10 +292,10 @@ def _stretch_means(values: Floats) -> list[float]:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted fields that say what a run is: neither its name and seed nor this machine's paths."""
+    """Dotted fields that say what a run is: neither its name and seed nor this machine's paths, nor a function's."""
     own = ("name", "seed")
     return {
-        field: value
+        field: value.rpartition("/")[2] if isinstance(value, str) and ".py:" in value else value
         for field, value in flatten(config).items()
         if field not in own and not field.endswith(("path", "_dir"))
     }
