@@ -371,20 +371,20 @@ def open_book() -> Study:
     )
     direction = Question(
         title="Direction of the KL under the own open book",
-        claim="Reverse KL is more accurate, forward KL keeps more entropy.",
+        claim="Reverse KL is more accurate on the way, forward KL keeps more entropy.",
         arms=labels(forward, reverse),
         columns=COLUMNS,
         figures=(),
-        comparisons=(Comparison("avg_at_k", back, direct), Comparison("entropy_nats", direct, back)),
+        comparisons=(Comparison("path_avg_at_k", back, direct), Comparison("entropy_nats", direct, back)),
     )
     rival = Question(
         title="Own open book against a teacher that knows by heart",
-        claim="A larger teacher, which sees no more than the student but knows the facts, teaches more. (Where the student has "
-        "gone wrong it goes on from there; the book answers as if nothing had happened.)",
+        claim="A larger teacher, which sees no more than the student but knows the facts, teaches faster. (Where the student "
+        "has gone wrong it goes on from there; the book answers as if nothing had happened.)",
         arms=labels(forward, by_heart),
         columns=COLUMNS,
         figures=(),
-        comparisons=(Comparison("avg_at_k", taught, direct),),
+        comparisons=(Comparison("path_avg_at_k", taught, direct),),
     )
     return study_of(
         "recall-open-book",
