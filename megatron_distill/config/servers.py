@@ -49,7 +49,9 @@ class ServersConfig:
         "how new weights reach the student's servers; disk: a directory that they can read; broadcast: a process group of "
         "rank 0 and the servers, gloo on CPU and NCCL on GPUs",
     )
-    sync_bucket_mib: int = plain(256, "broadcast: size of one message; rank 0's GPU holds one at a time, its host memory all", "[1, 1e6]")
+    sync_bucket_mib: int = plain(
+        256, "broadcast: size of one message; rank 0's GPU holds one at a time, its host memory all", "[1, 1e6]"
+    )
     startup_timeout_s: float = plain(600.0, "longest wait until a server that starts is healthy", "(0, inf)")
     request_timeout_s: float = plain(
         600.0,
