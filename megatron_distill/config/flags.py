@@ -21,6 +21,7 @@ _FIELDS = {
     "bf16": "student.dtype",
     "fp16": "student.dtype",
     "use-distributed-optimizer": "student.distributed_optimizer",
+    "dist-ckpt-optim-fully-reshardable": "student.distributed_optimizer",
     "recompute-granularity": "student.recompute",
     "recompute-method": "student.recompute",
     "transformer-impl": "student.layer_spec",

@@ -113,7 +113,8 @@ def training_arguments(config: RunConfig, student: HfConfig, folder: RunFolder, 
     if student_config.dtype == "bf16":
         switches.append("bf16")
     if student_config.distributed_optimizer:
-        switches.append("use-distributed-optimizer")
+        # States by the names of parameters, and not by this layout's buffers: any other layout can load them.
+        switches += ["use-distributed-optimizer", "dist-ckpt-optim-fully-reshardable"]
     if parallel.sequence_parallel:
         switches.append("sequence-parallel")
     if student_config.recompute == "full":

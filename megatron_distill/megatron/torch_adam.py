@@ -1,9 +1,10 @@
 """Let Megatron's distributed optimizer resume with torch's own Adam, where neither Transformer Engine nor apex brings one.
 
 Patches of megatron-core 0.19, which reads a step count from every parameter's state before there is a state; copies into fp32
-parameters in place as if nothing tracked them; and puts the step count of before the load over the loaded one, in one tensor
-for all parameters, which torch's Adam would advance once for each. A run resumed under ``student.distributed_optimizer`` is
-then bit for bit an unbroken one; ``tests/megatron/test_layouts.py`` holds it.
+parameters in place as if nothing tracked them; looks for a step count among the tensors of a checkpoint that knows no layout,
+which has none; and puts the step count of before the load over the loaded one, in one tensor for all parameters, which torch's
+Adam would advance once for each. A run resumed under ``student.distributed_optimizer`` is then bit for bit an unbroken one;
+``tests/megatron/test_layouts.py`` holds it.
 """
 
 import functools
@@ -21,6 +22,7 @@ def mend() -> None:
         return
     state_dict = distributed.DistributedOptimizer.state_dict
     load_state_dict = distributed.DistributedOptimizer.load_state_dict
+    set_states = distributed.DistributedOptimizer._set_main_param_and_optimizer_states
 
     def with_a_state(self: Any) -> Any:
         adam = self.optimizer
@@ -36,5 +38,9 @@ def mend() -> None:
         for state in self.optimizer.state.values():
             state["step"] = torch.tensor(step)
 
+    def without_a_step(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, parameter, tensors | {"step": None})
+
     distributed.DistributedOptimizer.state_dict = with_a_state
     distributed.DistributedOptimizer.load_state_dict = with_a_step_each
+    distributed.DistributedOptimizer._set_main_param_and_optimizer_states = without_a_step

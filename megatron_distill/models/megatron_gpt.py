@@ -145,7 +145,7 @@ def build_gpt_model(
 
         use_local_layers(spec, packed_attention=packed_attention)
     rope = hf_config.rope
-    return GPTModel(
+    model = GPTModel(
         config=transformer_config,
         transformer_layer_spec=spec,
         vocab_size=padded_vocab_size,
@@ -161,6 +161,12 @@ def build_gpt_model(
         seq_len_interpolation_factor=rope.factor if rope.kind == "linear" else None,
         vp_stage=vp_stage,
     )
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            # Reduced and optimised apart from the rest, as Megatron does it under expert parallelism only. Then a checkpoint
+            # has an optimizer for experts and one for the rest wherever experts lie, and resumes wherever they may.
+            parameter.allreduce = False
+    return model
 
 
 def _whole(what: str, value: float) -> int:
