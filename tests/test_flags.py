@@ -2,11 +2,12 @@
 
 import pytest
 
-from megatron_distill.config import with_overrides
+from megatron_distill.config import StudentConfig, with_overrides
 from megatron_distill.config.flags import MEGATRON, SGLANG
 from megatron_distill.config.loading import load_recipe
-from megatron_distill.errors import ConfigError
+from megatron_distill.errors import ConfigError, DistillError
 from megatron_distill.megatron.arguments import flag_problems as of_megatron
+from megatron_distill.megatron.backend import choose_backend
 from megatron_distill.sglang.server import flag_problems as of_sglang
 
 
@@ -42,6 +43,8 @@ def test_sglang_knows_what_is_refused_and_nothing_else() -> None:
         ("--optimizer=sgd", "could not be resumed"),
         ("--cuda-graph-impl=full_iteration", "a graph would not call"),
         ("--async-save", "nobody watches Megatron's process"),
+        ("--fp8-param-gather", "in bf16. To compute in eight bits --fp8-format is enough"),
+        ("--fp8-format=hybrid", "Set student.dtype=bf16"),
         ("--lr_warmup_fraction=0.1", "optimizer.warmup_frac"),
         ("adam-eps=1", "is no flag"),
     ],
@@ -51,3 +54,12 @@ def test_refused_by_name_with_the_reason(flag: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         with_overrides(load_recipe("tiny.quickstart"), [f'student.megatron_args=["{flag}"]'])
     with_overrides(load_recipe("tiny.quickstart"), ['student.megatron_args=["--optimizer=lion", "--adam-eps=1e-6"]'])
+
+
+@pytest.mark.parametrize("flag", ["--fp8-format=hybrid", "--fp4-format=e2m1"])
+def test_quantisation_is_refused_where_megatron_would_ignore_it(flag: str) -> None:
+    """On a CPU, by the trainer; bf16 and Transformer Engine's layers pass the config's rules."""
+    config = with_overrides(load_recipe("tiny.quickstart"), ["student.dtype=bf16", f'student.megatron_args=["{flag}"]'])
+    with pytest.raises(DistillError, match=f"{flag.partition('=')[0]} takes a GPU"):
+        choose_backend(config.student)
+    choose_backend(StudentConfig(dtype="bf16"))

@@ -73,6 +73,10 @@ _RUN = {
     "load": "checkpoints are in the run folder",
     "async-save": "nobody watches Megatron's process that saves beside training. If it dies, as it does without a GPU, the "
     "trainer waits for ever",
+    "fp8-param-gather": "weights go to servers and files as they lie, in bf16. To compute in eight bits --fp8-format is enough",
+    "fp4-param-gather": "weights go to servers and files as they lie, in bf16. To compute in four bits --fp4-format is enough",
+    "fp8-output-proj": "the output layer sees a chunk of a response's tokens at a time, of any number",
+    "te-precision-config-file": "rows are padded for --fp8-format or --fp4-format, of all layers alike",
     "defer-embedding-wgrad-compute": "the head's gradient is computed with the loss, and nothing is left to defer",
     "ckpt-format": "conversion and resume read it",
     "distributed-backend": "the machine decides it",
@@ -122,6 +126,12 @@ SGLANG = {
     "config": "may hold flags that the run decides. Write its flags out",
 }
 """Refused flags of ``sglang.launch_server``: why."""
+
+
+def value_of(arguments: Sequence[str], name: str) -> str | None:
+    """What ``--name`` is set to, the last time it is; "" of a switch, None if it is not among the arguments."""
+    values = [value for flag, _, value in (one.partition("=") for one in arguments) if flag == f"--{name}"]
+    return values[-1] if values else None
 
 
 def refused(arguments: Sequence[str], reasons: Mapping[str, str]) -> Iterator[str]:

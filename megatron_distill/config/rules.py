@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_distill.config.curricula import EntropyGated, Ladder, Progressive
 from megatron_distill.config.fields import broken_range
-from megatron_distill.config.flags import MEGATRON, SGLANG, refused
+from megatron_distill.config.flags import MEGATRON, SGLANG, refused, value_of
 from megatron_distill.config.schedules import Schedule
 from megatron_distill.config.schema import RunConfig, walk
 
@@ -186,7 +186,7 @@ def _layer_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> N
 
 
 def _flag_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> None:
-    """The rules of the flags that go to Megatron and SGLang as they are: none that the run decides itself."""
+    """The rules of the flags that go to Megatron and SGLang as they are: none that the run decides itself, or would ignore."""
     student, servers = config.student, config.servers
     for where, arguments, reasons in (
         ("student.megatron_args", student.megatron_args, MEGATRON),
@@ -195,6 +195,14 @@ def _flag_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> No
     ):
         for sentence in refused(arguments, reasons):
             rule(False, where, sentence)
+    for name in ("fp8-format", "fp4-format"):
+        rule(
+            value_of(student.megatron_args, name) is None
+            or (student.dtype == "bf16" and student.layer_spec != "local"),
+            "student.megatron_args",
+            f"--{name} is computed by Transformer Engine's layers alone, whose parameters are bf16. Set student.dtype=bf16 and "
+            "student.layer_spec=auto, or leave it out.",
+        )
 
 
 def _why_no_function(name: str, built_in: tuple[str, ...]) -> str:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_distill.config import RunConfig
-from megatron_distill.config.flags import MEGATRON, not_parsed
+from megatron_distill.config.flags import MEGATRON, not_parsed, value_of
 from megatron_distill.errors import ConfigError
 from megatron_distill.megatron import cpu_backend
 from megatron_distill.megatron.backend import Backend, kernel_arguments
@@ -25,9 +25,25 @@ from megatron_distill.runs.run_folder import RunFolder
 
 
 def row_multiple(config: RunConfig, backend: Backend) -> int:
-    """What a packed row's length is a multiple of: cp ranks share it, and sequence parallelism cuts a share into tp parts."""
+    """What a packed row's length is a multiple of: cp ranks share it, and sequence parallelism cuts a share into tp parts.
+
+    Each part is a matrix whose rows multiplication in eight or four bits takes so many at a time.
+    """
     parallel = config.student.parallel
-    return math.lcm(backend.row_multiple, parallel.tp * sequence_multiple(parallel.cp))
+    part = parallel.tp * parallel.cp * _quantised_rows(config.student.megatron_args)
+    return math.lcm(backend.row_multiple, parallel.tp * sequence_multiple(parallel.cp), part)
+
+
+def _quantised_rows(arguments: Sequence[str]) -> int:
+    """Megatron's own numbers, by which it pads what reaches an expert itself; 1 without quantisation."""
+    fp8, fp4 = value_of(arguments, "fp8-format"), value_of(arguments, "fp4-format")
+    if fp8 is None and fp4 is None:
+        return 1
+    from megatron.core.fp4_utils import get_fp4_align_size
+    from megatron.core.fp8_utils import get_fp8_align_size
+
+    recipe = value_of(arguments, "fp8-recipe" if fp8 else "fp4-recipe")
+    return int(get_fp8_align_size(recipe) if fp8 else get_fp4_align_size(recipe))
 
 
 def sequence_length(config: RunConfig, backend: Backend) -> int:

@@ -100,9 +100,10 @@ class InProcessTeacher:
 
 
 def config_like(student: "TransformerConfig", hf_config: HfConfig, backend: Backend) -> "TransformerConfig":
-    """The student's config with another architecture: layout, precision and kernels, whatever was chosen, are shared.
+    """The student's config with another architecture: layout, dtype and kernels, whatever was chosen, are shared.
 
     Its pipeline has no virtual stages: they save idle time between forward and backward passes, and there are no backward ones.
+    Nor is it quantised where the student is (fp8, fp4): what is imitated is the teacher as it is.
     """
     experts: dict[str, Any] = {
         "num_moe_experts": None,
@@ -116,6 +117,8 @@ def config_like(student: "TransformerConfig", hf_config: HfConfig, backend: Back
         experts |= {"expert_model_parallel_size": student.expert_model_parallel_size}
         experts |= {"moe_token_dispatcher_type": "alltoall"}
         experts |= {"moe_grouped_gemm": engine, "moe_permute_fusion": engine}
+    quantised = {"fp8": None, "fp4": None}
+    quantised |= dict.fromkeys(("moe_router_padding_for_fp8", "moe_router_padding_for_quantization"), False)
     recompute = {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None}
     stages = student.pipeline_model_parallel_size
     pipeline: dict[str, Any] = {
@@ -126,7 +129,7 @@ def config_like(student: "TransformerConfig", hf_config: HfConfig, backend: Back
     }
     if hf_config.num_layers % stages:
         pipeline["pipeline_model_parallel_layout"] = megatron_layout(stage_layers(hf_config.num_layers, stages))
-    teacher = replace(student, **(experts | recompute | pipeline | transformer_config_kwargs(hf_config)))
+    teacher = replace(student, **(experts | quantised | recompute | pipeline | transformer_config_kwargs(hf_config)))
     # Packed rows differ in length; Megatron's own check would refuse it without experts.
     teacher.variable_seq_lengths = stages > 1
     return teacher

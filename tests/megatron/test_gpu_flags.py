@@ -11,6 +11,7 @@ import pytest
 
 from megatron_distill.config.flags import MEGATRON, refused
 from megatron_distill.config.loading import all_recipes
+from tests.support.gpu_flags_job import QUANTISED
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +77,23 @@ def test_a_users_flags_win_and_reach_the_teacher(made: dict[str, Any]) -> None:
     assert one["timeout_minutes"] == 7
     assert one["student"]["attention_backend"] == one["teacher"]["attention_backend"] == "AttnBackend.fused"
     assert one["teacher"]["num_layers"] == "36"
+
+
+@pytest.mark.parametrize("flags", QUANTISED)
+def test_quantised_students_keep_their_parameters_and_pad_their_rows(flags: str, made: dict[str, Any]) -> None:
+    """Megatron takes the flags, for experts too; parameters stay bf16; and what a rank of tp 4 and cp 3 has of a row is a
+    multiple of what the kernels take."""
+    one = made[flags]
+    assert one["student"]["params_dtype"] == "torch.bfloat16" and one["student"]["fp8_param"] == "False"
+    assert {one["student"]["fp8"], one["student"]["fp4"]} != {"None"}
+    assert one["row_multiple"] % (4 * 3 * QUANTISED[flags]) == 0
+    assert one["seq_length"] % one["row_multiple"] == 0
+
+
+def test_a_teacher_beside_a_quantised_student_is_not(made: dict[str, Any]) -> None:
+    """What is imitated is the teacher as it is."""
+    one = made["fp8 beside a teacher"]
+    assert (one["student"]["fp8"], one["teacher"]["fp8"]) == ("hybrid", "None")
 
 
 def test_every_flag_that_a_run_sets_is_refused_or_harmless(made: dict[str, Any]) -> None:

@@ -19,6 +19,15 @@ from megatron_distill.megatron import backend as backend_module
 from megatron_distill.megatron import cpu_backend
 from megatron_distill.runs.run_folder import RunFolder
 
+QUANTISED = {
+    "--fp8-format=hybrid": 16,
+    "--fp8-format=e4m3 --fp8-recipe=tensorwise": 16,
+    "--fp8-format=e4m3 --fp8-recipe=mxfp8": 32,
+    "--fp4-format=e2m1": 128,
+}
+"""Flags, and how many rows at a time the kernels behind them take."""
+WIDE = ("student.parallel.tp=4", "student.parallel.cp=3", "student.parallel.sequence_parallel=true")
+
 
 def pretend() -> None:
     """Make Megatron and this project believe that there is a GPU and its libraries."""
@@ -49,7 +58,7 @@ def parsed(config: RunConfig) -> dict[str, Any]:
     from megatron.training import global_vars
     from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
-    from megatron_distill.megatron.arguments import training_arguments
+    from megatron_distill.megatron.arguments import row_multiple, training_arguments
     from megatron_distill.megatron.in_process_teacher import config_like
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(config.num_ranks), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
@@ -66,13 +75,14 @@ def parsed(config: RunConfig) -> dict[str, Any]:
     fields = [
         *("params_dtype", "gradient_accumulation_fusion", "moe_grouped_gemm", "moe_permute_fusion", "moe_router_dtype"),
         *("moe_token_dispatcher_type", "transformer_impl", "sequence_parallel", "apply_rope_fusion", "num_layers"),
-        *("attention_backend", "num_moe_experts"),
+        *("attention_backend", "num_moe_experts", "fp8", "fp4", "fp8_param"),
     ]
     return {
         "backend": dataclasses.asdict(chosen),
         "flags": flags,
         "padded_vocab_size": args.padded_vocab_size,
         "seq_length": args.seq_length,
+        "row_multiple": row_multiple(config, chosen),
         "timeout_minutes": args.distributed_timeout_minutes,
         "student": {name: str(getattr(transformer, name)) for name in fields},
         "teacher": teacher and {name: str(getattr(teacher, name)) for name in fields},
@@ -89,6 +99,14 @@ def main() -> None:
     extra["user flags"] = lambda: with_overrides(
         all_recipes()["qwen3.b06_from_4b_1x8_128"](),
         ['student.megatron_args=["--attention-backend=fused", "--distributed-timeout-minutes=7"]'],
+    )
+    for flags in QUANTISED:
+        extra[flags] = lambda flags=flags: with_overrides(
+            all_recipes()["qwen3.moe30b_from_32b_4x8_2048"](),
+            [*WIDE, f"student.megatron_args={json.dumps(flags.split())}"],
+        )
+    extra["fp8 beside a teacher"] = lambda: with_overrides(
+        all_recipes()["qwen3.b06_from_4b_1x8_128"](), ['student.megatron_args=["--fp8-format=hybrid"]']
     )
     for name, make in (all_recipes() | extra).items():
         try:
