@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from megatron_distill.recipes import tiny, tiny_teachers
+from safetensors.torch import load_file
 
 from megatron_distill.config.loading import load_recipe
 from megatron_distill.runs.run_folder import RunFolder, read_json, read_lines
 from megatron_distill.sglang.server import ServerSpec, SGLangServer, running
+from tests.support.tiny_models import save_tiny_mixture
 from tests.support.waiting import processes_naming, wait_until, wait_until_none_names
 from tests.support.whole_run import run, start
 
@@ -68,6 +70,41 @@ def test_other_cells_and_components_share_the_path(tmp_path: Path) -> None:
         assert step["reverse_kl_weight"] == 1
         assert step["cross_entropy_nats"] > 0
         assert step["sampler_gap_nats"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("student.parallel.tp=1", "student.parallel.dp=2"),
+        ("student.parallel.tp=2", "student.parallel.sequence_parallel=true", "student.parallel.etp=1"),
+    ],
+    ids=["over_dp", "over_tp"],
+)
+def test_experts_over_two_ranks_reach_their_server(layout: tuple[str, ...], tmp_path: Path) -> None:
+    """A random mixture of experts, half of them on each trainer rank: after every push by broadcast the log-probs of what its
+    SGLang server writes are the trainer's, and the exported student is the trained one."""
+    student = save_tiny_mixture(tmp_path / "student")
+    code, output = run(
+        tmp_path / "run",
+        "num_steps=3",
+        f"student.path={student}",
+        *layout,
+        "student.parallel.ep=2",
+        "curriculum.horizon_tokens=32",
+        "evaluation.max_response_tokens=32",
+        "servers.weight_sync=broadcast",
+    )
+    assert code == 0, output
+    folder = RunFolder(tmp_path / "run")
+    steps = folder.steps()
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    for step in steps:
+        assert step["sampler_gap_nats"] < 1e-4
+        assert step["staleness_steps"] == 0
+        assert step["expert_load_max"] >= 1
+    assert {sample["weight_version"] for sample in read_lines(folder.samples)} == {0, 1, 2}
+    trained, untrained = (load_file(path / "model.safetensors") for path in (folder.hf, student))
+    assert all(not torch.equal(trained[name], tensor) for name, tensor in untrained.items() if ".experts." in name)
 
 
 def test_reinforcement_without_a_teacher(tmp_path: Path) -> None:
@@ -226,8 +263,6 @@ def test_a_run_one_step_ahead_resumes_on_the_same_samples(tmp_path: Path) -> Non
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
     texts = [[sample["response"] for sample in read_lines(one.samples)] for one in (broken, unbroken)]
     assert texts[0] == texts[1]
-    from safetensors.torch import load_file
-
     weights = load_file(unbroken.hf / "model.safetensors")
     for name, tensor in load_file(broken.hf / "model.safetensors").items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=2e-4, msg=name)

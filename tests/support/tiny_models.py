@@ -1,10 +1,13 @@
 """Tiny random Hugging Face models of every family, written to disk by transformers itself."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from megatron_distill import recipes
 
 VOCAB = 53  # not a multiple of anything: every layout pads it
 
@@ -75,6 +78,16 @@ def build_hf_model(family: str, seed: int = 0, **changes: Any) -> transformers.P
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
     return model.eval()
+
+
+def save_tiny_mixture(directory: Path, seed: int = 1) -> Path:
+    """A random Qwen3 of four experts, two of which work on a token, that speaks as the student of ``recipes/tiny.py``."""
+    tiny_student = Path(recipes.__file__).parent / "tiny_models" / "student"
+    shutil.copytree(tiny_student, directory)
+    config = transformers.AutoConfig.from_pretrained(tiny_student)
+    same = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")
+    build_hf_model("qwen3-moe", seed, **{name: getattr(config, name) for name in same}).save_pretrained(directory)
+    return directory
 
 
 def write_hf_model(directory: Path, family: str, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
