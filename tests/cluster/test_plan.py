@@ -48,6 +48,14 @@ def test_parameter_counts_are_the_published_ones(name: str, number: int) -> None
     assert memory.num_parameters(planner.architecture(f"models/{name}")) == number
 
 
+def test_the_page_on_scale_has_the_seconds_of_the_clock() -> None:
+    """A push of 235B by broadcast, and what of it is one network card's."""
+    weights = 2 * memory.num_parameters(planner.architecture("models/Qwen3-235B-A22B"))
+    page = (HERE.parents[1] / "docs" / "scale.md").read_text()
+    assert f"a push takes {weights / step_time.BROADCAST_BYTES_PER_S:.0f} s" in page
+    assert f"is {weights / fit.NETWORK_BYTES_PER_S:.0f} s of the 94" in page
+
+
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_the_count_of_a_real_checkpoint_is_its_tensors(role: str) -> None:
     """Counted from shapes in config.json, and from the safetensors files."""
