@@ -48,6 +48,24 @@ def test_a_layout_that_the_model_cannot_take_is_refused(kind: str, overrides: li
     assert any(said in one for one in found) if said else found == [], found
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["teacher.in_process_tp=8"], ""),
+        (["teacher.in_process_tp=6"], "must be student.parallel.tp = 4 times a divisor of student.parallel.dp"),
+        (["teacher.in_process_tp=16"], "Set it to 8, or to null"),
+        (["teacher.in_process_tp=8", "teacher.transport=sglang_hidden"], "there is no teacher in the trainer"),
+        (["teacher.in_process_tp=8", "teacher.path=Qwen/Qwen3-30B-A3B-Base"], "is for a teacher without experts"),
+    ],
+)
+def test_a_teacher_over_several_replicas(overrides: list[str], said: str) -> None:
+    """Takes the tp ranks of so many of them, and no experts."""
+    layout = ["student.parallel.tp=4", "student.parallel.dp=2", "teacher.transport=in_process"]
+    config = with_overrides(RECIPES["dense"](), [*layout, *overrides], check_rules=False)
+    found = problems(config)
+    assert any(said in one for one in found) if said else found == [], found
+
+
 def test_a_teacher_in_the_trainer_needs_a_layer_for_each_stage() -> None:
     """It lies on the student's stages: 28 layers do not reach over 36."""
     config = with_overrides(

@@ -82,8 +82,14 @@ class TeacherConfig:
         "sglang_topk: a server sends its top-k log-probs and the tail is one bucket; "
         "sglang_hidden: a server sends its last hidden states, and the trainer holds its output layer: full vocabulary, exact; "
         "sglang_urls: top-k log-probs by servers that run already, see teacher.urls; "
-        "in_process: Megatron holds the teacher beside the student, full vocabulary, same sharding; "
+        "in_process: Megatron holds the teacher beside the student, full vocabulary, sharded alike, or over more ranks; "
         "path/to/file.py:function: whatever the function makes of a TeacherContext",
+    )
+    in_process_tp: int | None = plain(
+        None,
+        "in_process: tensor-parallel size of the teacher; null is the student's. A multiple of that lays each layer on the "
+        "ranks of so many neighbouring replicas, which then pass each other's micro-batches through it",
+        "[1, 65536]",
     )
     num_logprobs: int = plain(
         64, "log-probs a token from the server (sglang_topk), at most the vocabulary size", "[1, 1e9]"
@@ -324,6 +330,11 @@ class RunConfig:
         """Whether any step samples from the teacher."""
         off_policy = min(self.rollouts.student_prefix_frac.values) < 1
         return off_policy and self.rollouts.off_policy_source == "teacher"
+
+    @property
+    def in_process_tp(self) -> int:
+        """Ranks that share each layer of a teacher in the trainer."""
+        return self.teacher.in_process_tp or self.student.parallel.tp
 
     @property
     def writes_solutions(self) -> bool:

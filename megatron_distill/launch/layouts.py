@@ -41,18 +41,40 @@ def layout_problems(config: RunConfig, models: dict[str, HfConfig]) -> list[str]
                 f"{tp} ranks cannot share evenly. Set it to a divisor of {groups}."
             )
     if config.teacher.in_trainer and "teacher" in models:
-        teacher = models["teacher"]
-        tp = config.student.parallel.tp
-        if teacher.num_attention_heads % tp or teacher.num_query_groups % tp or teacher.ffn_hidden_size % tp:
-            problems.append(
-                f"student.parallel.tp = {tp}: the in-process teacher is sharded like the student, and its heads or channels "
-                "do not divide by it. Choose another size, or teacher.transport=sglang_hidden."
-            )
-        if teacher.num_layers < pp:
-            problems.append(
-                f"student.parallel.pp = {pp}: the in-process teacher lies on as many stages, and has only {teacher.num_layers} "
-                "layers. Lower it, or set teacher.transport=sglang_topk."
-            )
+        problems += _in_process_problems(config, models["teacher"])
+    elif config.teacher.in_process_tp is not None:
+        problems.append(
+            f"teacher.in_process_tp = {config.teacher.in_process_tp}: there is no teacher in the trainer. Set it to null, or "
+            "teacher.transport=in_process."
+        )
+    return problems
+
+
+def _in_process_problems(config: RunConfig, teacher: HfConfig) -> list[str]:
+    """How a teacher lies on the trainer's ranks."""
+    problems = []
+    parallel, tp = config.student.parallel, config.in_process_tp
+    where = "student.parallel.tp" if config.teacher.in_process_tp is None else "teacher.in_process_tp"
+    if tp % parallel.tp or parallel.dp % (tp // parallel.tp):
+        problems.append(
+            f"teacher.in_process_tp = {tp}: must be student.parallel.tp = {parallel.tp} times a divisor of student.parallel.dp "
+            f"= {parallel.dp}: it takes the tp ranks of so many replicas. Set it to {parallel.tp * parallel.dp}, or to null."
+        )
+    if teacher.num_attention_heads % tp or teacher.num_query_groups % tp or teacher.ffn_hidden_size % tp:
+        problems.append(
+            f"{where} = {tp}: so many ranks share each layer of the in-process teacher, and its heads or channels do not "
+            "divide by it. Choose another size, or teacher.transport=sglang_hidden."
+        )
+    if teacher.num_experts and tp != parallel.tp:
+        problems.append(
+            f"teacher.in_process_tp = {tp}: is for a teacher without experts, which lie as student.parallel.ep says. Set it to "
+            "null."
+        )
+    if teacher.num_layers < parallel.pp:
+        problems.append(
+            f"student.parallel.pp = {parallel.pp}: the in-process teacher lies on as many stages, and has only "
+            f"{teacher.num_layers} layers. Lower it, or set teacher.transport=sglang_topk."
+        )
     return problems
 
 

@@ -169,7 +169,8 @@ def trainer_memory(config: RunConfig, student: HfConfig, teacher: HfConfig | Non
         frozen_models["reference"] = student
     beside = dict(frozen_models)
     for name, model in frozen_models.items():
-        frozen = sum(rank_parameters(model, replace(parallel, vpp=1)))
+        shared = config.in_process_tp if name == "teacher" else parallel.tp
+        frozen = sum(rank_parameters(model, replace(parallel, vpp=1, tp=shared)))
         yield Part(f"{name} weights", frozen * size, f"{frozen:,} parameters a rank x {size} B, no gradients")
     if teacher is not None and config.distill.weight > 0 and config.teacher.sends_hidden_states:
         beside["teacher"], width = teacher, teacher.hidden_size
@@ -177,10 +178,11 @@ def trainer_memory(config: RunConfig, student: HfConfig, teacher: HfConfig | Non
             "teacher head", columns * width * size, f"{columns:,} rows a rank x {width:,} x {size} B, no gradients"
         )
     for name, model in beside.items():
-        rows = response * model.hidden_size
-        yield Part(
-            f"{name} logits", (columns * chunk + rows) * size, "of as many tokens, and all tokens' hidden states"
-        )
+        spread = name == "teacher" and config.teacher.in_trainer and config.in_process_tp > parallel.tp
+        read_before = name in frozen_models and (parallel.pp > 1 or spread)
+        rows = response * model.hidden_size * (num_micro_batches(config) if read_before else 1)
+        whose = "the step's" if read_before else "all tokens'"
+        yield Part(f"{name} logits", (columns * chunk + rows) * size, f"of as many tokens, and {whose} hidden states")
 
 
 def _logit_copies(config: RunConfig) -> tuple[int, str]:

@@ -4,8 +4,9 @@ In: a Hugging Face directory and the student's parallel layout. Out: hidden stat
 that makes logits [T, V/tp] of them, without a server, a top-k or a transfer. Costs the teacher's parameters and one forward
 pass on the trainer's devices.
 
-In a pipeline its layers lie on the student's stages, and a whole step's micro-batches pass through them before the student's
-do; the last stage keeps their hidden states for the step. Without one, each is asked for where the loss needs it.
+In a pipeline its layers lie on the student's stages. Where it is too large for one replica, each layer lies on the tp ranks of
+several, which are ``neighbours``. In either case a whole step's micro-batches pass through it before the student's do, and
+their hidden states are kept for the step; else each is asked for where the loss needs it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,10 @@ import torch
 from megatron_distill.convert.live import load_hf_weights
 from megatron_distill.megatron.backend import Backend
 from megatron_distill.megatron.forward_step import run_model
-from megatron_distill.models.hf_config import HfConfig
+from megatron_distill.megatron.neighbours import Neighbours
+from megatron_distill.megatron.teacher_head import TeacherHead
+from megatron_distill.models.hf_config import VOCAB_DIVISOR, HfConfig
+from megatron_distill.models.hf_config import padded_vocab_size as pad_vocabulary
 from megatron_distill.models.megatron_gpt import build_gpt_model, transformer_config_kwargs
 from megatron_distill.models.pipeline import megatron_layout, stage_layers
 from megatron_distill.rollouts.batches import MicroBatch
@@ -31,7 +35,15 @@ if TYPE_CHECKING:
 class InProcessTeacher:
     """A frozen model on the student's parallel groups; call it with a micro-batch, on the last stage."""
 
-    def __init__(self, path: str | Path, *, padded_vocab_size: int, backend: Backend, device: torch.device) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        padded_vocab_size: int,
+        backend: Backend,
+        device: torch.device,
+        neighbours: Neighbours | None = None,
+    ) -> None:
         """Build this rank's part and load its weights. Collective over all ranks; Megatron must be initialised.
 
         Args:
@@ -39,55 +51,88 @@ class InProcessTeacher:
             padded_vocab_size: the student's, so that both vocabularies are cut at the same columns.
             backend: the student's.
             device: where the student is, and the teacher goes.
+            neighbours: replicas that share each layer; None shares it as the student's are.
         """
         from megatron.core import mpu
+        from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.training import get_args
         from megatron.training.arguments import core_transformer_config_from_args
 
         hf_config = HfConfig.from_dir(path)
         student = core_transformer_config_from_args(get_args())
+        config, groups = config_like(student, hf_config, backend), ProcessGroupCollection.use_mpu_process_groups()
+        rows = padded_vocab_size
+        if neighbours is not None:
+            groups.tp, tp = neighbours.tp_group, neighbours.tp_group.size()
+            config = replace(config, tensor_model_parallel_size=tp, sequence_parallel=False)
+            rows = pad_vocabulary(hf_config.vocab_size, VOCAB_DIVISOR, tp)
         self._model = build_gpt_model(
             hf_config,
-            config_like(student, hf_config, backend),
-            padded_vocab_size=padded_vocab_size,
+            config,
+            padded_vocab_size=rows,
             use_transformer_engine=backend.use_transformer_engine,
             packed_attention=backend.packed_kernels,
             pre_process=mpu.is_pipeline_first_stage(ignore_virtual=True),
             post_process=mpu.is_pipeline_last_stage(ignore_virtual=True),
             vp_stage=0,  # its only one; Megatron asks for a number where the student has several
+            pg_collection=groups,
         ).to(device=device, dtype=student.params_dtype)
         load_hf_weights(self._model, path)
         self._model.requires_grad_(False).eval()
         self._packed_kernels = backend.packed_kernels
+        self._neighbours = neighbours
+        self._head_VH = None  # the model's own
+        if neighbours is not None and mpu.is_pipeline_last_stage(ignore_virtual=True):
+            self._head_VH = TeacherHead(
+                path,
+                padded_vocab_size=padded_vocab_size,
+                tp_rank=mpu.get_tensor_model_parallel_rank(),
+                tp_size=mpu.get_tensor_model_parallel_world_size(),
+                dtype=student.params_dtype,
+                device=device,
+            ).weight_VH
+        self._own: set[int] = set()
         self._read: dict[int, HiddenTensors] = {}
 
     @torch.no_grad()
     def read(self, batches: Sequence[MicroBatch]) -> None:
-        """Pass a step's micro-batches through the pipeline, if there is one. Collective over its stages, outside of a step."""
+        """Pass a step's micro-batches through it, if a pipeline's stages or neighbours must do so together with this rank.
+
+        Collective over them, outside of a step.
+        """
         from megatron.core import mpu
         from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 
-        if mpu.get_pipeline_model_parallel_world_size() == 1:
+        is_pipeline = mpu.get_pipeline_model_parallel_world_size() > 1
+        if self._neighbours is None and not is_pipeline:
             return
-        said = forward_backward_pipelining_without_interleaving(
-            forward_step_func=self._stage,
-            data_iterator=iter(batches),
-            model=[self._model],
-            num_microbatches=len(batches),
-            seq_length=1,  # unused: shapes travel with the tensors (variable_seq_lengths)
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-        # Only the last stage has said anything.
-        self._read = {id(batch): rows for batch, rows in zip(batches, said, strict=False)}
+        self._own, self._read = {id(batch) for batch in batches}, {}
+        pooled = batches if self._neighbours is None else self._neighbours.pool(batches)
+        passes = iter(pooled)
+        if is_pipeline:
+            forward_backward_pipelining_without_interleaving(
+                forward_step_func=self._pass,
+                data_iterator=passes,
+                model=[self._model],
+                num_microbatches=len(pooled),
+                seq_length=1,  # unused: shapes travel with the tensors (variable_seq_lengths)
+                micro_batch_size=1,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        else:
+            for _ in pooled:
+                self._pass(passes, self._model)
 
-    def _stage(
-        self, batches: Iterator[MicroBatch], model: Any
-    ) -> tuple[torch.Tensor, Callable[..., torch.Tensor | HiddenTensors]]:
-        """A forward step of Megatron's schedules, which hands on tensors and collects what the last stage says."""
-        said = run_model(model, next(batches), packed_kernels=self._packed_kernels)
-        return said.hidden_TH if isinstance(said, HiddenTensors) else said, lambda _, non_loss_data: said
+    def _pass(self, batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable[..., None]]:
+        """A forward step of Megatron's schedules, which hands on tensors; what the last stage says of own batches is kept."""
+        batch = next(batches)
+        said = run_model(model, batch, packed_kernels=self._packed_kernels)
+        if isinstance(said, HiddenTensors):
+            if id(batch) in self._own:
+                self._read[id(batch)] = said if self._head_VH is None else replace(said, head_VH=self._head_VH)
+            said = said.hidden_TH
+        return said, lambda _, non_loss_data: None
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> HiddenTensors:

@@ -28,6 +28,7 @@ from megatron_distill.megatron.backend import Backend, choose_backend, prepare
 from megatron_distill.megatron.forward_step import FrozenTeacher, make_forward_step
 from megatron_distill.megatron.in_process_teacher import InProcessTeacher
 from megatron_distill.megatron.megatron_log import ScalarTap, tap_scalars
+from megatron_distill.megatron.neighbours import Neighbours, find_neighbours
 from megatron_distill.megatron.ranks import find_ranks
 from megatron_distill.megatron.router_load import RouterLoad
 from megatron_distill.megatron.teacher_head import TeacherHead
@@ -246,7 +247,9 @@ def _teacher(session: Session, ranks: Ranks, device: torch.device) -> FrozenTeac
 
     config = session.config
     if config.teacher.in_trainer:
-        return _frozen(session, config.teacher.path, device)
+        replicas = (config.teacher.in_process_tp or config.student.parallel.tp) // config.student.parallel.tp
+        neighbours = find_neighbours(replicas, ranks.world) if replicas > 1 else None
+        return _frozen(session, config.teacher.path, device, neighbours)
     if not config.teacher.sends_hidden_states or not ranks.is_last_stage:
         return None
     return TeacherHead(
@@ -259,12 +262,15 @@ def _teacher(session: Session, ranks: Ranks, device: torch.device) -> FrozenTeac
     )
 
 
-def _frozen(session: Session, path: str, device: torch.device) -> InProcessTeacher:
+def _frozen(
+    session: Session, path: str, device: torch.device, neighbours: Neighbours | None = None
+) -> InProcessTeacher:
     return InProcessTeacher(
         path,
         padded_vocab_size=student_padded_vocab_size(session.config, session.hf_config),
         backend=session.backend,
         device=device,
+        neighbours=neighbours,
     )
 
 

@@ -113,6 +113,7 @@ def build_gpt_model(
     post_process: bool = True,
     parallel_output: bool = True,
     vp_stage: int | None = None,
+    pg_collection: Any = None,
 ) -> "GPTModel":
     """Build the Megatron model of a Hugging Face architecture, with random weights.
 
@@ -130,6 +131,7 @@ def build_gpt_model(
         post_process: this pipeline stage holds the output layer.
         parallel_output: leave the logits sharded over the vocabulary.
         vp_stage: which virtual-pipeline chunk this is.
+        pg_collection: Megatron's process groups; None are those of its parallel state.
 
     Returns:
         A ``GPTModel`` whose logits are [batch, sequence, padded_vocab_size / tp] (whole if not ``parallel_output``).
@@ -160,6 +162,7 @@ def build_gpt_model(
         rope_scaling_factor=rope.factor,
         seq_len_interpolation_factor=rope.factor if rope.kind == "linear" else None,
         vp_stage=vp_stage,
+        pg_collection=pg_collection,
     )
     for name, parameter in model.named_parameters():
         if ".experts." in name:

@@ -37,7 +37,14 @@ class Outcome:
 
 
 def save_random_model(
-    path: Path, seed: int, *, num_layers: int = 2, num_experts: int = 0, hidden_size: int = 32, tied: bool = False
+    path: Path,
+    seed: int,
+    *,
+    num_layers: int = 2,
+    num_experts: int = 0,
+    hidden_size: int = 32,
+    num_key_value_heads: int = 2,
+    tied: bool = False,
 ) -> Path:
     """A tiny random Qwen3 of ``VOCAB_SIZE`` tokens; with experts, every second of which works on a token."""
     experts = {"num_experts": num_experts, "num_experts_per_tok": num_experts // 2} if num_experts else {}
@@ -46,6 +53,7 @@ def save_random_model(
         seed,
         vocab_size=VOCAB_SIZE,
         hidden_size=hidden_size,
+        num_key_value_heads=num_key_value_heads,
         tie_word_embeddings=tied,
         intermediate_size=64,
         num_hidden_layers=num_layers,
