@@ -79,18 +79,17 @@ def test_every_step_of_a_run_may_have_another_layout(
     for step, one in enumerate(layouts, 1):
         leg = run_job(tmp_path, relay.root, settings | one | {"num_steps": step}, forge=forge)
         for name in ("loss", "grad_norm"):
-            assert leg.steps[-1][name] == pytest.approx(whole.steps[step - 1][name], rel=2e-4), (step, name)
+            assert leg.steps[-1][name] == pytest.approx(whole.steps[step - 1][name], rel=1e-4), (step, name)
         exported = load_file(unbroken.hf_step(step) / "model.safetensors") if step < len(layouts) else whole.weights
         _assert_near(leg.weights, exported, step)
         _assert_near(_tensors(directory_of(relay, step)), _tensors(directory_of(unbroken, step)), step)
 
 
 def _assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], step: int) -> None:
-    """The same names and values. Adam makes as much of a gradient that rounding alone keeps from zero as of any other, so a
-    weight may be off by what it learns in a step; its gradient's moments may not."""
+    """The same names and values: weights to 1 % of what they learn in a step, moments to 1e-4 of the largest."""
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        scale = 0.01 * float(tensor.abs().max()) if ".exp_avg" in name else LEARNING_RATE
+        scale = 1e-4 * float(tensor.abs().max()) if ".exp_avg" in name else 0.01 * LEARNING_RATE
         torch.testing.assert_close(
             ours[name], tensor, rtol=0, atol=scale, msg=lambda text, n=name: f"{step} {n}: {text}"
         )
