@@ -60,15 +60,13 @@ class InProcessTeacher:
 
         hf_config = HfConfig.from_dir(path)
         student = core_transformer_config_from_args(get_args())
-        config, groups = config_like(student, hf_config, backend), ProcessGroupCollection.use_mpu_process_groups()
-        rows = padded_vocab_size
+        groups, tp, rows = ProcessGroupCollection.use_mpu_process_groups(), None, padded_vocab_size
         if neighbours is not None:
             groups.tp, tp = neighbours.tp_group, neighbours.tp_group.size()
-            config = replace(config, tensor_model_parallel_size=tp, sequence_parallel=False)
             rows = pad_vocabulary(hf_config.vocab_size, VOCAB_DIVISOR, tp)
         self._model = build_gpt_model(
             hf_config,
-            config,
+            config_like(student, hf_config, backend, tp),
             padded_vocab_size=rows,
             use_transformer_engine=backend.use_transformer_engine,
             packed_attention=backend.packed_kernels,
@@ -144,11 +142,14 @@ class InProcessTeacher:
         return said
 
 
-def config_like(student: "TransformerConfig", hf_config: HfConfig, backend: Backend) -> "TransformerConfig":
+def config_like(
+    student: "TransformerConfig", hf_config: HfConfig, backend: Backend, tp: int | None = None
+) -> "TransformerConfig":
     """The student's config with another architecture: layout, dtype and kernels, whatever was chosen, are shared.
 
     Its pipeline has no virtual stages: they save idle time between forward and backward passes, and there are no backward ones.
-    Nor is it quantised where the student is (fp8, fp4): what is imitated is the teacher as it is.
+    Nor is it quantised where the student is (fp8, fp4): what is imitated is the teacher as it is. Over ``tp`` ranks of its own
+    its rows need not divide by them: it goes without sequence parallelism, which saves what only a backward pass keeps.
     """
     experts: dict[str, Any] = {
         "num_moe_experts": None,
@@ -165,6 +166,9 @@ def config_like(student: "TransformerConfig", hf_config: HfConfig, backend: Back
     quantised = {"fp8": None, "fp4": None}
     quantised |= dict.fromkeys(("moe_router_padding_for_fp8", "moe_router_padding_for_quantization"), False)
     recompute = {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None}
+    sizes: dict[str, Any] = {}
+    if tp is not None:
+        sizes = {"tensor_model_parallel_size": tp, "tensor_parallel_num_weight_shards": tp, "sequence_parallel": False}
     stages = student.pipeline_model_parallel_size
     pipeline: dict[str, Any] = {
         "pipeline_model_parallel_layout": None,
@@ -174,7 +178,9 @@ def config_like(student: "TransformerConfig", hf_config: HfConfig, backend: Back
     }
     if hf_config.num_layers % stages:
         pipeline["pipeline_model_parallel_layout"] = megatron_layout(stage_layers(hf_config.num_layers, stages))
-    teacher = replace(student, **(experts | quantised | recompute | pipeline | transformer_config_kwargs(hf_config)))
+    teacher = replace(
+        student, **(experts | quantised | recompute | sizes | pipeline | transformer_config_kwargs(hf_config))
+    )
     # Packed rows differ in length; Megatron's own check would refuse it without experts.
     teacher.variable_seq_lengths = stages > 1
     return teacher
