@@ -98,6 +98,23 @@ def test_every_cell_of_the_sweep_is_sound_and_fits_the_same_node(cell: str) -> N
     assert planner.plan(config, *models_of(config), gpu_gib=80).trainer_fits
 
 
+def test_a_teacher_over_two_replicas_weighs_half_and_is_read_before_the_step() -> None:
+    """Its weights are those of twice the ranks; the hidden states of all of a step's micro-batches are kept, not of one."""
+    config = with_overrides(
+        qwen3.b8_from_32b_4x8_4096(), ["teacher.transport=in_process", "student.parallel.tp=4", "student.parallel.dp=2"]
+    )
+
+    def parts(*overrides: str) -> dict[str, float]:
+        changed = with_overrides(config, overrides)
+        return {part.name: part.num_bytes for part in planner.plan(changed, *models_of(changed), 80).trainer}
+
+    alike, spread = parts(), parts("teacher.in_process_tp=8")
+    assert spread["teacher weights"] == pytest.approx(alike["teacher weights"] / 2, rel=1e-3)
+    kept = planner.architecture(config.teacher.path).hidden_size * 2 * config.max_horizon_tokens
+    more = (memory.num_micro_batches(config) - 1) * config.micro_batch_rollouts * kept
+    assert spread["teacher logits"] - alike["teacher logits"] == more > 0
+
+
 @pytest.mark.parametrize("gpu_gib", [24, 40, 60])
 @pytest.mark.parametrize("name", ["b06_from_8b_1x8_4096", "b8_from_32b_4x8_4096"])
 def test_a_remedy_makes_it_fit(name: str, gpu_gib: float) -> None:
