@@ -52,8 +52,9 @@ def test_the_page_on_scale_has_the_seconds_of_the_clock() -> None:
     """A push of 235B by broadcast, and what of it is one network card's."""
     weights = 2 * memory.num_parameters(planner.architecture("models/Qwen3-235B-A22B"))
     page = (HERE.parents[1] / "docs" / "scale.md").read_text()
-    assert f"a push takes {weights / step_time.BROADCAST_BYTES_PER_S:.0f} s" in page
-    assert f"is {weights / fit.NETWORK_BYTES_PER_S:.0f} s of the 94" in page
+    assert f"gathering them takes {weights / step_time.GATHER_BYTES_PER_S:.0f} s" in page
+    assert f"at 40 GB/s would take {weights / fit.NETWORK_BYTES_PER_S:.0f} s" in page
+    assert f"to the servers takes {weights / step_time.BROADCAST_BYTES_PER_S:.0f} s more" in page
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
