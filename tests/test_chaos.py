@@ -22,7 +22,7 @@ def tool(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.heavy
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_broken_runs_end_like_an_unbroken_one(tmp_path: Path) -> None:
     """Everything killed, asked to stop, and a damaged checkpoint: equal to the bit, and nothing left running."""

@@ -70,8 +70,13 @@ DENSE = [
 
 @pytest.mark.parametrize(
     ("num_experts", "distributed_optimizer", "dtype"),
-    [(4, False, "fp32"), (4, True, "fp32"), (0, False, "fp32"), (0, True, "fp32"), (0, True, "bf16")],
-    ids=["experts", "experts_distributed_optimizer", "dense", "dense_distributed_optimizer", "dense_bf16"],
+    [
+        pytest.param(4, True, "fp32", id="experts_distributed_optimizer"),
+        pytest.param(0, True, "bf16", id="dense_bf16"),
+        pytest.param(4, False, "fp32", id="experts", marks=pytest.mark.long),
+        pytest.param(0, False, "fp32", id="dense", marks=pytest.mark.long),
+        pytest.param(0, True, "fp32", id="dense_distributed_optimizer", marks=pytest.mark.long),
+    ],
 )
 def test_every_step_of_a_run_may_have_another_layout(
     num_experts: int, distributed_optimizer: bool, dtype: str, forge: RankForge, tmp_path: Path
