@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,7 +90,7 @@ class MadeUpLeader(Leader):
         per_replica = len(samples) // share.size
         return Collected(samples[share.rank * per_replica : (share.rank + 1) * per_replica], {"rollout_s": 0.0})
 
-    def weights_changed(self, version: int) -> None: ...
+    def weights_changed(self, version: int, arrival: Future[float]) -> None: ...
 
     def close(self) -> None: ...
 
