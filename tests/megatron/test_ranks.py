@@ -37,7 +37,7 @@ def test_ranks_wait_for_each_other_as_long_as_megatron_says(monkeypatch: pytest.
     monkeypatch.setattr(dist, "new_group", new_group)
     ranks = find_ranks()
     assert ranks.leaders == (0, 1) and ranks.is_leader and ranks.is_reporter
-    assert waits == [timedelta(minutes=120)] * 3  # of all, and of each replica
+    assert waits == [timedelta(minutes=120)] * 4  # of all, of their threads, and of each replica
 
 
 @pytest.mark.slow
