@@ -35,6 +35,13 @@ SCOPE = (
     "tokens. The claims are those of arXiv 2605.16826, which trained language models of 0.6 billion on up to 4096 tokens: what "
     "is or is not shown here need not be so there."
 )
+QUICK = (
+    "num_steps=20",
+    "save_every_steps=0",
+    "evaluation.every_steps=10",
+    "evaluation.num_problems=50",
+    "evaluation.samples_per_problem=2",
+)
 MIXED_WEIGHTS = {0.8: "student_w80", 0.5: "student_w50", 0.2: "student_w20"}
 
 
@@ -112,13 +119,7 @@ def study() -> Study:
             _curriculum(),
         ),
         quick_arms=(*(arm.name for arm in _grid()), MIXED_WEIGHTS[0.2], *(arm.name for arm in horizons)),
-        quick_overrides=(
-            "num_steps=20",
-            "save_every_steps=0",
-            "evaluation.every_steps=10",
-            "evaluation.num_problems=50",
-            "evaluation.samples_per_problem=2",
-        ),
+        quick_overrides=QUICK,
     )
 
 

@@ -33,13 +33,7 @@ def study() -> Study:
         seeds=tiny.STUDY_SEEDS,
         questions=tuple(questions),
         quick_arms=("student_reverse", "student_reverse_stale_1", "student_reverse_stale_4"),
-        quick_overrides=(
-            "num_steps=20",
-            "save_every_steps=0",
-            "evaluation.every_steps=10",
-            "evaluation.num_problems=50",
-            "evaluation.samples_per_problem=2",
-        ),
+        quick_overrides=tiny.QUICK,
     )
 
 

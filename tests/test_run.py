@@ -20,21 +20,26 @@ from tests.support.whole_run import run, start
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1500)]
 
 
+def three_steps_by_their_weights(folder: RunFolder) -> list[dict[str, float]]:
+    """A run's steps: each drawn by the weights that it trains, of which sampler and trainer say the same."""
+    steps = folder.steps()
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    for step in steps:
+        assert step["sampler_gap_nats"] < 1e-4
+        assert step["staleness_steps"] == 0
+    assert {sample["weight_version"] for sample in read_lines(folder.samples)} == {0, 1, 2}
+    return steps
+
+
 def test_quickstart_leaves_a_whole_run_folder(tmp_path: Path) -> None:
     """Two steps on student prefixes: every artefact is there, sampler and trainer agree on fresh weights and after each
     sync, the exported student is the trained one, and no process is left behind."""
     code, output = run(tmp_path / "run", "num_steps=3")
     assert code == 0, output
     folder = RunFolder(tmp_path / "run")
-    steps = folder.steps()
-    assert [step["step"] for step in steps] == [1, 2, 3]
-    for step in steps:
-        assert step["sampler_gap_nats"] < 1e-4
-        assert step["staleness_steps"] == 0
+    for step in three_steps_by_their_weights(folder):
         assert step["missing_teacher_frac"] == 0
         assert step["grad_norm"] > 0
-    versions = [sample["weight_version"] for sample in read_lines(folder.samples)]
-    assert set(versions) == {0, 1, 2}
     assert [summary["step"] for summary in folder.evaluations()] == [0, 3]
     for path in (folder.config, folder.root / "env.json", folder.report, folder.checkpoints, folder.hf):
         assert path.exists(), path
@@ -96,13 +101,8 @@ def test_experts_over_two_ranks_reach_their_server(layout: tuple[str, ...], tmp_
     )
     assert code == 0, output
     folder = RunFolder(tmp_path / "run")
-    steps = folder.steps()
-    assert [step["step"] for step in steps] == [1, 2, 3]
-    for step in steps:
-        assert step["sampler_gap_nats"] < 1e-4
-        assert step["staleness_steps"] == 0
+    for step in three_steps_by_their_weights(folder):
         assert step["expert_load_max"] >= 1
-    assert {sample["weight_version"] for sample in read_lines(folder.samples)} == {0, 1, 2}
     trained, untrained = (load_file(path / "model.safetensors") for path in (folder.hf, student))
     assert all(not torch.equal(trained[name], tensor) for name, tensor in untrained.items() if ".experts." in name)
 

@@ -27,15 +27,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Make the runs that are missing, or submit them."""
-    from megatron_distill.study.run import Study, run_study
+    from megatron_distill.study.run import Study, planned, run_study
 
     study = load_made(options.name, Study, "study")
     suffix = "-quick" if options.quick else ""
     folder = (options.dir or Path("runs") / f"study-{study.name}{suffix}").absolute()
     study = study.quick() if options.quick else study
     if options.cluster:
-        from megatron_distill.study.run import planned
-
         _on_cluster(planned(study, folder, options.seeds), options)
         return
     for flag in ("max_running", "dry_run", "detach"):

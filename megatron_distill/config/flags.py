@@ -128,6 +128,10 @@ SGLANG = {
 """Refused flags of ``sglang.launch_server``: why."""
 
 
+QUANTISED = ("fp8-format", "fp4-format")
+"""Flags by which Megatron multiplies in eight or four bits."""
+
+
 def value_of(arguments: Sequence[str], name: str) -> str | None:
     """What ``--name`` is set to, the last time it is; "" of a switch, None if it is not among the arguments."""
     values = [value for flag, _, value in (one.partition("=") for one in arguments) if flag == f"--{name}"]

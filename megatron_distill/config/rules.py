@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_distill.config.curricula import EntropyGated, Ladder, Progressive
 from megatron_distill.config.fields import broken_range
-from megatron_distill.config.flags import MEGATRON, SGLANG, refused, value_of
+from megatron_distill.config.flags import MEGATRON, QUANTISED, SGLANG, refused, value_of
 from megatron_distill.config.schedules import Schedule
 from megatron_distill.config.schema import RunConfig, walk
 
@@ -195,7 +195,7 @@ def _flag_rules(config: RunConfig, rule: Callable[[bool, str, str], None]) -> No
     ):
         for sentence in refused(arguments, reasons):
             rule(False, where, sentence)
-    for name in ("fp8-format", "fp4-format"):
+    for name in QUANTISED:
         rule(
             value_of(student.megatron_args, name) is None
             or (student.dtype == "bf16" and student.layer_spec != "local"),

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 
 from megatron_distill.config import StudentConfig
-from megatron_distill.config.flags import value_of
+from megatron_distill.config.flags import QUANTISED, value_of
 from megatron_distill.errors import DistillError
 from megatron_distill.megatron import cpu_backend, optimizer_settings, torch_adam
 
@@ -73,7 +73,7 @@ def choose_backend(student: StudentConfig) -> Backend:
             "transformer_engine = not installed: bf16 training on a GPU takes its layers. Type make setup-gpu, use the image "
             "in docker/, or set student.layer_spec=local, which is slower and takes more memory."
         )
-    formats = [one for one in ("fp8-format", "fp4-format") if value_of(student.megatron_args, one) is not None]
+    formats = [one for one in QUANTISED if value_of(student.megatron_args, one) is not None]
     if formats and not engine:  # Megatron would compute in bf16 and say nothing
         raise DistillError(
             f"student.megatron_args: --{formats[0]} takes a GPU, and there is none here. Leave it out on a CPU."

@@ -10,12 +10,12 @@ part of every layer. So all see all micro-batches of the group.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_distill.megatron.ranks import patience
 from megatron_distill.rollouts.batches import MicroBatch
 
 _READ = (
@@ -69,9 +69,7 @@ def find_neighbours(number: int, world: dist.ProcessGroup) -> Neighbours:
         world: all ranks, over gloo.
     """
     from megatron.core import mpu
-    from megatron.training import get_args
 
-    patience = timedelta(minutes=get_args().distributed_timeout_minutes)
     dp_rank = mpu.get_data_parallel_rank(with_context_parallel=False)
     own = (mpu.get_pipeline_model_parallel_rank(), mpu.get_context_parallel_rank(), dp_rank // number)
     told: list[Any] = [None] * world.size()
@@ -79,7 +77,7 @@ def find_neighbours(number: int, world: dist.ProcessGroup) -> Neighbours:
     found = None
     for shared in sorted(set(told)):  # all ranks take part in making each
         members = [rank for rank, where in enumerate(told) if where == shared]
-        groups = dist.new_group(members, timeout=patience), dist.new_group(members, backend="gloo", timeout=patience)
+        groups = [dist.new_group(members, backend=backend, timeout=patience()) for backend in (None, "gloo")]
         if shared == own:
             found = Neighbours(number, dp_rank % number, *groups)
     assert found is not None

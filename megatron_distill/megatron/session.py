@@ -247,7 +247,7 @@ def _teacher(session: Session, ranks: Ranks, device: torch.device) -> FrozenTeac
 
     config = session.config
     if config.teacher.in_trainer:
-        replicas = (config.teacher.in_process_tp or config.student.parallel.tp) // config.student.parallel.tp
+        replicas = config.in_process_tp // config.student.parallel.tp
         neighbours = find_neighbours(replicas, ranks.world) if replicas > 1 else None
         return _frozen(session, config.teacher.path, device, neighbours)
     if not config.teacher.sends_hidden_states or not ranks.is_last_stage:

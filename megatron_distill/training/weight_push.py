@@ -31,8 +31,8 @@ class WeightPush:
         self,
         sync: WeightSync,
         chunks: Sequence[Any],
-        group: dist.ProcessGroup | None,
-        sent: Callable[[float], None] = lambda seconds: None,
+        group: dist.ProcessGroup,
+        sent: Callable[[float], None],
     ) -> None:
         """Send nothing yet.
 
