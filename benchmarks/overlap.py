@@ -269,6 +269,8 @@ def measure(
         if ended.returncode:
             raise SystemExit((folder.logs / "trainer.out").read_text()[-3000:])
         all_steps = folder.steps()
+    if len(all_steps) < STEPS:
+        raise SystemExit(f"ended after step {len(all_steps)} of {STEPS}: {folder.events.read_text().splitlines()[-1]}")
     steps = all_steps[WARM_UP:-1]  # the last one is followed by an evaluation
     names = ("step_s", "train_s", "sync_s", "push_s", "staleness_steps")
     medians = {name: statistics.median(one[name] for one in steps) for name in names}

@@ -86,7 +86,10 @@ class Replica:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         # urllib3 rather than requests: thread-safe by design, and it never sends a loopback call to a configured proxy.
         # Not limited here: how many requests are under way is, and a pause must get through when all of them wait.
-        self._http = urllib3.connection_from_url(self.url, maxsize=num_connections, retries=False)
+        self._http = self._connections(num_connections)
+
+    def _connections(self, num_kept: int) -> urllib3.HTTPConnectionPool:
+        return urllib3.connection_from_url(self.url, maxsize=num_kept, retries=False)
 
     def call(
         self, method: str, path: str, body: bytes | None, read_timeout_s: float, *, keep_alive: bool = True
@@ -99,13 +102,14 @@ class Replica:
             body: JSON, or nothing.
             read_timeout_s: longest wait for the reply.
             keep_alive: the connection may be an old one and serve again; SGLang drops those that idled for 5 s, which looks
-                like a reset if it happens at the wrong moment.
+                like a reset if it happens at the wrong moment. Otherwise it is a new one, and is closed afterwards.
 
         Raises:
             _Unreachable, _Reset, _Busy, _Refused: what their names say.
         """
+        http_pool = self._http if keep_alive else self._connections(1)
         try:
-            response = self._http.request(
+            response = http_pool.request(
                 method,
                 path,
                 body=body,
@@ -129,6 +133,9 @@ class Replica:
             raise _Reset(str(error)) from error
         except HTTPError as error:
             raise _Busy(str(error)) from error
+        finally:
+            if not keep_alive:
+                http_pool.close()
         if response.status == 200:
             return data
         if response.status == 429 or response.status >= 500:

@@ -296,3 +296,18 @@ def test_a_server_that_still_holds_a_request_is_waited_for_before_new_weights() 
         server.info = {"model_path": str(tiny.MODELS / "student"), "weight_version": "0"}
         client.update_weights_from_disk(tiny.MODELS / "student", version="1")
         assert server.num_requests == 3
+
+
+def test_a_control_call_has_a_connection_of_its_own() -> None:
+    """A server may be closing one that idled, and what is never sent again must not meet that."""
+    connections = []
+
+    def noted(handler: Handler, request: Json) -> None:
+        connections.append(handler.client_address)
+        good(handler, request) if handler.path == "/generate" else handler.reply(200, {})
+
+    with fake(noted) as server, client_of(server) as client:
+        generate(client)
+        client.pause()
+        client.continue_generation()
+    assert len(set(connections)) == 3
