@@ -8,8 +8,9 @@ What is retried, with growing random pauses until ``deadline_s``: no connection,
 that is ``NotAnAnswer``. Never any other 4xx. Waiting for a server that is being started again costs nothing of the deadline. A
 request whose connection was reset three times is suspected of killing servers and is not sent again in this process.
 
-A replica that was started again serves the weights it began with. So its version is asked for before it gets a request that
-names one, whenever it is not known to serve that one; a stale replica gets none until it has been given the weights.
+A replica that was started again serves the weights it began with, and one that another rank gave new ones serves those. So
+its version is asked for before it gets a request that names one, whenever it is not known to serve that one; those that are
+known to are preferred.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Replica:
         self.down_since: float | None = None
         self.next_probe = 0.0
         self.version: str | None = None  # of its weights, as last heard; None after its connection broke
+        self.asking = threading.Lock()  # for its version
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         # urllib3 rather than requests: thread-safe by design, and it never sends a loopback call to a configured proxy.
         # Not limited here: how many requests are under way is, and a pause must get through when all of them wait.
@@ -198,16 +200,16 @@ class ReplicaPool:
         deadline_s = DEADLINE_PER_TIMEOUT * timeout_s
         deadline = time.monotonic() + deadline_s
         pause_s = _FIRST_PAUSE_S
+        stale: set[Replica] = set()
         while True:
             self._refuse_quarantined(digest)
             began = time.monotonic()
-            replica = self._acquire(cancelled, weight_version)
+            replica = self._acquire(cancelled, weight_version, stale)
             deadline += time.monotonic() - began
             try:
-                if not _is_known_to_serve(replica, weight_version):
-                    replica.version = self._version_of(replica)
-                    if not serves(replica.version, weight_version):
-                        continue  # to another one, or to the error that says that there is none
+                if not self._serves(replica, weight_version):
+                    stale.add(replica)
+                    continue  # to another one, or to the error that says that there is none
                 answer = read(json.loads(replica.call("POST", "/generate", body, timeout_s)))
                 with self._lock:
                     self._num_resets.pop(digest, None)
@@ -297,33 +299,47 @@ class ReplicaPool:
                         f"{replica.url} = {error}: it refuses to say what it serves. Wrong key?"
                     ) from error
 
+    def _serves(self, replica: Replica, wanted: WantedVersion) -> bool:
+        """Whether it serves these weights: asked where that is not known, by the first of the requests that wait for it."""
+        if _is_known_to_serve(replica, wanted):
+            return True
+        with replica.asking:
+            if not _is_known_to_serve(replica, wanted):
+                version = replica.version = self._version_of(replica)
+                return serves(version, wanted)
+        return True
+
     @staticmethod
     def _version_of(replica: Replica) -> str:
         info = json.loads(replica.call("GET", "/model_info", None, _VERSION_TIMEOUT_S, keep_alive=False))
         return str(info["weight_version"])
 
-    def _acquire(self, cancelled: threading.Event, weight_version: WantedVersion) -> Replica:
-        """The least-loaded replica that is up and not stale, waiting for one if need be. ``_release`` gives it back."""
+    def _acquire(self, cancelled: threading.Event, weight_version: WantedVersion, stale: set[Replica]) -> Replica:
+        """The least-loaded replica that is up, waiting for one if need be: of those known to serve what is wanted, or else of
+        those that this request has not found ``stale``. ``_release`` gives it back."""
         while True:
             if cancelled.is_set():
                 raise GaveUp("sglang request = cancelled: another request failed.")
             now = time.monotonic()
             with self._lock:
-                fresh = [r for r in self._by_preference if r.version is None or serves(r.version, weight_version)]
-                candidates = [replica for replica in fresh if replica.next_probe <= now]
-                if candidates:
-                    replica = min(candidates, key=lambda candidate: candidate.num_in_flight)
+                up = [
+                    replica
+                    for replica in self._by_preference
+                    if replica.next_probe <= now and (replica not in stale or _is_known_to_serve(replica, weight_version))
+                ]
+                known = [r for r in up if r.version is None or serves(r.version, weight_version)]
+                if up:
+                    replica = min(known or up, key=lambda candidate: candidate.num_in_flight)
                     replica.num_in_flight += 1
                     if replica.down_since is not None:
                         replica.next_probe = now + _PROBE_EVERY_S  # one request at a time finds out whether it is back
                     return replica
                 down_s = {replica.url: now - (replica.down_since or now) for replica in self.replicas}
-                if len(fresh) < len(self.replicas):
-                    self._forget_versions(weight_version)
-                    raise StaleWeightsError(
-                        f"sglang servers = not weight version {_words(weight_version)}: no replica that can be reached serves "
-                        "that. They were started again, or an update missed them. Send the current weights before asking again."
-                    )
+            if stale:
+                raise StaleWeightsError(
+                    f"sglang servers = not weight version {_words(weight_version)}: no replica that can be reached serves "
+                    "that. They were started again, or an update missed them. Send the current weights before asking again."
+                )
             if min(down_s.values()) > self.unreachable_s:
                 raise ServerError(
                     f"sglang servers = no connection for {min(down_s.values()):.0f} s: nothing listens at "
@@ -332,12 +348,6 @@ class ReplicaPool:
                     + "\n".join(self._where_to_look(replica) for replica in self.replicas)
                 )
             cancelled.wait(_PROBE_EVERY_S / 4)
-
-    def _forget_versions(self, weight_version: WantedVersion) -> None:
-        """Ask stale replicas again next time: by then they may have been given the weights."""
-        for replica in self.replicas:
-            if not _is_known_to_serve(replica, weight_version):
-                replica.version = None
 
     def _release(self, replica: Replica) -> None:
         with self._lock:

@@ -311,3 +311,23 @@ def test_a_control_call_has_a_connection_of_its_own() -> None:
         client.pause()
         client.continue_generation()
     assert len(set(connections)) == 3
+
+
+def test_weights_that_another_client_sent_are_asked_for() -> None:
+    """Each replica of a student has a client of its own, and one of them pushes: the others know older versions."""
+
+    def served(handler: Handler, request: Json) -> None:
+        version = handler.server.info["weight_version"]
+        changed(
+            lambda reply: reply["meta_info"].update(weight_versions=[{"version": version, "start": 0, "end": 3}])
+        )(handler, request)
+
+    with fake(served) as first, fake(served) as second, client_of(first, second) as client:
+        for version in ("1", "2"):
+            first.info = second.info = {"weight_version": version}
+            client.generate([[5, 6]] * 8, sampling=SAMPLING, seeds=range(8), weight_version=version)
+        with pytest.raises(StaleWeightsError, match="'3'"):
+            client.generate([[5, 6]] * 8, sampling=SAMPLING, seeds=range(8), weight_version="3")
+        second.info = {"weight_version": "3"}
+        client.generate([[5, 6]] * 8, sampling=SAMPLING, seeds=range(8), weight_version="3")
+        assert not client.counters
