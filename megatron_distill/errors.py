@@ -37,6 +37,10 @@ class LossError(DistillError, ValueError):
     """A loss was asked for a value that it can compute but that would not be what its name promises."""
 
 
+class BuildError(DistillError, RuntimeError):
+    """Kernels that are built on this machine could not be."""
+
+
 class RewardError(DistillError, RuntimeError):
     """A reward raised, hung, or returned something other than one finite number for each response."""
 

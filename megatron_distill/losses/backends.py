@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from megatron_distill.errors import LossError
+from megatron_distill.errors import BuildError, LossError
 from megatron_distill.losses import kernels
 
 Backend = Literal["triton", "cpp", "inductor", "eager"]
@@ -101,7 +101,7 @@ def _has_compiler() -> bool:
 
     try:
         cpu_kernels.library()
-    except LossError as error:
+    except BuildError as error:
         warnings.warn(
             f"{error} Until then the losses run eagerly: the same results, several times slower.", stacklevel=2
         )

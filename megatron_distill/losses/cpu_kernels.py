@@ -1,17 +1,10 @@
-"""The C++ kernels: built once per machine and processor, loaded through ctypes, called with the signatures of ``kernels``.
+"""The C++ kernels: built once per machine and processor, called with the signatures of ``kernels``.
 
-In: CPU tensors in bf16, fp16 or fp32. The first use compiles ``cpu_kernels.cpp`` with the system's C++ compiler (the one that
-Inductor would need too; about a second) into the user's cache folder, under a name made of the source, the compiler and
-the processor, so that machines which share a home never load each other's instructions. Rows are split over
+In: CPU tensors in bf16, fp16 or fp32. The first use compiles ``cpu_kernels.cpp`` (see ``compiler``). Rows are split over
 ``torch.get_num_threads()`` threads; a row is always one thread's, so results do not depend on their number.
 """
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,22 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_distill.errors import LossError
+from megatron_distill import compiler
 from megatron_distill.losses.kernels import Mixture
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 HEADERS = (SOURCE.with_name("cpu_rows.h"), SOURCE.with_name("cpu_vectors.h"))
-FLAGS = (
-    "-O3",
-    "-std=c++17",
-    "-shared",
-    "-fPIC",
-    "-pthread",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
-)
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Of elements, as the C++ numbers them."""
 
 
 class _Rows(ctypes.Structure):
@@ -52,83 +36,22 @@ def library() -> ctypes.CDLL:
     """The kernels of this machine, built if they are not there yet.
 
     Raises:
-        LossError: there is no compiler, or it failed.
+        BuildError: there is no compiler, or it failed.
     """
     return build("-march=native")
 
 
 def build(target: str) -> ctypes.CDLL:
-    """Compile for ``target`` (a compiler flag that names the processor) and load; from the cache where it is there.
+    """The kernels for ``target``, a compiler flag that names the processor.
 
     Raises:
-        LossError: there is no compiler, or it failed.
+        BuildError: there is no compiler, or it failed.
     """
-    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise LossError(
-            "C++ compiler = none found: the losses' CPU kernels are built at their first use. Install g++ "
-            "(apt-get install g++), or set CXX to a compiler."
-        )
-    key = hashlib.sha256()
-    for part in (
-        *(file.read_text() for file in (SOURCE, *HEADERS)),
-        *FLAGS,
-        target,
-        os.path.realpath(compiler),
-        _processor(),
-    ):
-        key.update(part.encode())
-    key.update(str(os.stat(compiler).st_mtime_ns).encode())
-    for folder in _cache_folders():
-        built = folder / f"cpu_kernels_{key.hexdigest()[:16]}.so"
-        if built.exists() or _compile(compiler, target, built):
-            return ctypes.CDLL(str(built))
-    raise LossError(
-        f"cache folder = {', '.join(map(str, _cache_folders()))}: none can be written to. The losses' CPU kernels are built "
-        "there. Set XDG_CACHE_HOME to a folder that can."
-    )
-
-
-def _cache_folders() -> tuple[Path, Path]:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "megatron_distill", Path(tempfile.gettempdir()) / f"megatron_distill_{os.getuid()}"
-
-
-def _compile(compiler: str, target: str, built: Path) -> bool:
-    """Write the library, whole or not at all: several ranks may build at once. False if the folder cannot be written to.
-
-    Raises:
-        LossError: the compiler failed.
-    """
-    try:
-        built.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(suffix=".so", dir=built.parent)
-    except OSError:
-        return False
-    os.close(handle)
-    command = [compiler, *FLAGS, target, str(SOURCE), "-o", name]
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
-    if result.returncode:
-        os.unlink(name)
-        raise LossError(
-            f"C++ compiler = {compiler}: could not build the losses' CPU kernels. {result.stderr.strip()[-800:]} Set CXX to "
-            "GCC 9 or Clang 12, or newer."
-        )
-    os.replace(name, built)
-    return True
-
-
-def _processor() -> str:
-    """What tells processors with different instructions apart."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return os.uname().machine
-    return "".join(line for line in dict.fromkeys(lines) if line.startswith(("flags", "Features", "model name")))
+    return compiler.library(SOURCE, HEADERS, target)
 
 
 def _rows(tensor: Tensor) -> _Rows:
-    return _Rows(tensor.data_ptr(), tensor.stride(0), _TYPES[tensor.dtype])
+    return _Rows(tensor.data_ptr(), tensor.stride(0), TYPES[tensor.dtype])
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -140,21 +63,9 @@ def _floats(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
-def _call(name: str, *arguments: Any, target: ctypes.CDLL | None = None) -> None:
-    """Call a kernel. Tensors go as pointers, whole numbers as int64, floats as float; the number of threads comes last."""
-    converted: list[Any] = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            converted.append(ctypes.c_void_p(argument.data_ptr()))
-        elif isinstance(argument, int):
-            converted.append(ctypes.c_int64(argument))
-        elif isinstance(argument, float):
-            converted.append(ctypes.c_float(argument))
-        elif isinstance(argument, ctypes.Structure):
-            converted.append(ctypes.byref(argument))
-        else:
-            converted.append(argument)
-    getattr(target or library(), name)(*converted, ctypes.c_int32(torch.get_num_threads()))
+def _call(name: str, *arguments: Any) -> None:
+    """Call a kernel, whose last argument is the number of threads."""
+    compiler.call(library(), name, *arguments, ctypes.c_int32(torch.get_num_threads()))
 
 
 def _write(name: str, out_TV: Tensor, *arguments: Any) -> None:

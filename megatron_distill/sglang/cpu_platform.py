@@ -32,6 +32,10 @@ class PlainTorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Picks ``forward_native``, the plain PyTorch body, in every fused operation."""
         return "native"
 
+    def empty_cache(self) -> None:
+        """Nothing: there is none. (SGLang's CPU collects garbage here, over its whole heap, twice for each load of weights:
+        0.3 s each time.)"""
+
     def is_pin_memory_available(self, device: Any = None) -> bool:
         """Pinned memory speeds up copies to an accelerator; there is none."""
         return False

@@ -1,4 +1,4 @@
-"""Lets the published SGLang run on a CPU: a platform and four hooks, found by SGLang through our entry points.
+"""Lets the published SGLang run on a CPU: a platform and six hooks, found by SGLang through our entry points.
 
 In: SGLang's own start-up, which calls ``activate`` and ``register`` in each of its processes. Out: the path of a platform
 class, and hooks in SGLang's registry. Both do nothing where there is an accelerator, or where the official CPU engine
@@ -12,7 +12,8 @@ what                                why
 platform ``PlainTorchCpuPlatform``  rotary embeddings import vLLM's kernels when no accelerator is seen
 deterministic back end              seeded sampling refuses the ``torch_native`` attention back end
 no batch-invariant kernels          they are Triton kernels and need an accelerator; seeds do not need them
-``murmur_hash32`` in PyTorch        the CPU operator is missing from the published kernel wheel
+``murmur_hash32`` of our own        the CPU operator is missing from the published kernel wheel
+attention in C++                    ``torch_native`` walks a batch in Python, sequence by sequence (``server_kernels``)
 fork instead of spawn               three processes would import the same libraries (126 s -> 44 s of CPU time to start)
 ==================================  ==============================================================================
 
@@ -53,6 +54,7 @@ def register() -> None:
     from sglang.srt.arg_groups.choices import add_deterministic_attention_backend_choices
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from megatron_distill.sglang import server_kernels
     from megatron_distill.sglang.seeded_sampling import murmur_hash32
 
     add_deterministic_attention_backend_choices(["torch_native"])
@@ -62,6 +64,7 @@ def register() -> None:
         HookType.REPLACE,
     )
     HookRegistry.register("sglang.kernels.ops.sampling.murmur_hash.murmur_hash32", murmur_hash32, HookType.REPLACE)
+    server_kernels.register()
     if os.environ.get(FORK_VARIABLE) == "1":
         HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _fork_workers, HookType.AFTER)
 

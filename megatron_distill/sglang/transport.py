@@ -325,7 +325,8 @@ class ReplicaPool:
                 up = [
                     replica
                     for replica in self._by_preference
-                    if replica.next_probe <= now and (replica not in stale or _is_known_to_serve(replica, weight_version))
+                    if replica.next_probe <= now
+                    and (replica not in stale or _is_known_to_serve(replica, weight_version))
                 ]
                 known = [r for r in up if r.version is None or serves(r.version, weight_version)]
                 if up:

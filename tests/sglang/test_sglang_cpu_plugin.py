@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from megatron_distill.sglang import cpu_plugin
+from megatron_distill.sglang import cpu_plugin, server_kernels
 from megatron_distill.sglang.seeded_sampling import murmur_hash32
 
 
@@ -32,8 +32,10 @@ def test_reference_hash_is_murmur3() -> None:
     assert murmur3_x86_32(b"test") == 0xBA6BD213
 
 
-def test_hash_is_murmur3_of_seed_position_and_token() -> None:
+@pytest.mark.parametrize("are_built", [True, False], ids=["kernel", "torch"])
+def test_hash_is_murmur3_of_seed_position_and_token(are_built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensor hash equals MurmurHash3 of the sixteen bytes (seed, position, token), for large seeds and ids too."""
+    monkeypatch.setattr(server_kernels, "are_built", lambda: are_built)
     seeds, positions, tokens = [0, 1, 2**31, 2**62 + 12345], [0, 7, 2**20, 2**31 - 1], [0, 1, 319, 151935]
     hash_NV = murmur_hash32(torch.tensor(seeds), torch.tensor(positions), torch.tensor(tokens))
     assert hash_NV.dtype == torch.uint32
@@ -87,11 +89,15 @@ def batch_invariant():
 
 from sglang.srt.arg_groups.choices import DETERMINISTIC_ATTENTION_BACKEND_CHOICES as backends
 import sglang.srt.entrypoints.engine as engine
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.platforms.cpu import CpuDeviceMixin
 print(json.dumps({
     "rotary": error_of(rotary),
     "seeded_hash": error_of(seeded_hash),
     "batch_invariant": error_of(batch_invariant),
     "torch_native_is_deterministic": "torch_native" in backends,
+    "walks_sequences": "for seq_idx in range" in inspect.getsource(TorchNativeAttnBackend._run_sdpa_forward_decode),
+    "collects_garbage": "gc.collect" in inspect.getsource(CpuDeviceMixin.empty_cache),
     "spawns": 'set_start_method("spawn"' in inspect.getsource(engine._set_envs_and_config),
 }))
 """
@@ -113,4 +119,8 @@ def test_each_patch_is_still_needed() -> None:
     assert facts["seeded_hash"], "SGLang hashes seeds on this CPU: drop seeded_sampling.py"
     assert "accelerator" in (facts["batch_invariant"] or ""), "batch-invariant mode runs on a CPU: drop its hook"
     assert not facts["torch_native_is_deterministic"], "torch_native is accepted: drop its registration"
+    assert facts["walks_sequences"], (
+        "torch_native takes a batch at once: compare it with server_kernels, and drop the slower"
+    )
+    assert facts["collects_garbage"], "emptying a CPU's cache costs nothing: drop PlainTorchCpuPlatform.empty_cache"
     assert facts["spawns"], "SGLang no longer insists on spawn: look at _fork_workers again"

@@ -318,9 +318,9 @@ def test_weights_that_another_client_sent_are_asked_for() -> None:
 
     def served(handler: Handler, request: Json) -> None:
         version = handler.server.info["weight_version"]
-        changed(
-            lambda reply: reply["meta_info"].update(weight_versions=[{"version": version, "start": 0, "end": 3}])
-        )(handler, request)
+        changed(lambda reply: reply["meta_info"].update(weight_versions=[{"version": version, "start": 0, "end": 3}]))(
+            handler, request
+        )
 
     with fake(served) as first, fake(served) as second, client_of(first, second) as client:
         for version in ("1", "2"):
