@@ -1,7 +1,7 @@
 """How much of a step overlaps: the real trainer beside emulated servers, one step after another, one ahead, and in flight.
 
     python benchmarks/overlap.py                    staleness 0, 1, 2 and 4: minutes
-    python benchmarks/overlap.py --sweep            and how a step grows with rollouts, lengths, replicas
+    python benchmarks/overlap.py --sweep            and how a step grows with rollouts, lengths, servers, dp
     python benchmarks/overlap.py --json out.json    the rows, for docs/figures/overlap.py
 
 The servers answer as SGLang does, after the time that a large model would take: a fixed time a token for the student, whatever
@@ -52,7 +52,14 @@ HORIZON_TOKENS = 160
 STUDENT_TOKEN_S, TEACHER_SEQUENCE_S, LOAD_S = 0.012, 0.02, 0.3
 AT_ONCE = 64  # responses that one server writes at a time
 PROMPTS = 64
-SWEEPS = {"rollouts": (16, 32, 64, 128, 256), "horizon_tokens": (40, 80, 160, 320), "replicas": (1, 2, 4, 8)}
+SWEEPS = {
+    "rollouts": (16, 32, 64, 128, 256),
+    "horizon_tokens": (40, 80, 160, 320),
+    "replicas": (1, 2, 4, 8),
+    "dp": (1, 2),
+}
+BESIDE = {"replicas": {"rollouts": 256}, "dp": {"rollouts": 256, "replicas": 4}}
+"""What else a sweep sets: so many responses that one server, or one rank, is not enough."""
 _RECIPE = (
     "tiny.quickstart",
     f"num_steps={STEPS}",
@@ -222,6 +229,7 @@ class Row:
         work_s: what writing a step takes if no seat of the student's servers is ever free.
         staleness_steps: age of the oldest token of a response, a mean.
         varies: the quantity that its sweep changes.
+        dp: trainer ranks, each with a replica of the student.
     """
 
     rollouts: int
@@ -238,6 +246,7 @@ class Row:
     work_s: float
     staleness_steps: float
     varies: str = "staleness"
+    dp: int = 1
 
 
 def measure(
@@ -245,13 +254,15 @@ def measure(
     rollouts: int = PROMPTS,
     horizon_tokens: int = HORIZON_TOKENS,
     replicas: int = 1,
+    dp: int = 1,
     varies: str = "staleness",
 ) -> Row:
-    """One run of the real trainer, one rank."""
+    """One run of the real trainer."""
     overrides = [
         f"rollouts.max_staleness_steps={staleness}",
         f"rollouts.prompts_per_step={rollouts}",
         f"curriculum.horizon_tokens={horizon_tokens}",
+        f"student.parallel.dp={dp}",
         f"servers.student_replicas={replicas}",
         f"servers.teacher_replicas={replicas}",
         f"evaluation.max_response_tokens={horizon_tokens}",
@@ -263,7 +274,7 @@ def measure(
         folder.create()
         config_module.save(config, folder.config)
         with emulated(config, folder) as servers, (folder.logs / "trainer.out").open("w") as out:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={dp}"]
             command += ["-m", "megatron_distill.launch.roles", "trainer", str(folder.root)]
             ended = subprocess.run(command, stdout=out, stderr=out, env=os.environ | ROLE_ENV, check=False)
         if ended.returncode:
@@ -278,7 +289,7 @@ def measure(
     medians["mean_step_s"] = statistics.mean(one["step_s"] for one in steps)
     medians["simulated_s"] = simulate(config, all_steps)
     drawn = statistics.median(one["rollout_s"] + one["score_s"] for one in steps)
-    return Row(rollouts, horizon_tokens, replicas, staleness, draw_s=drawn, varies=varies, **medians)
+    return Row(rollouts, horizon_tokens, replicas, staleness, dp=dp, draw_s=drawn, varies=varies, **medians)
 
 
 def simulate(config: config_module.RunConfig, measured: list[Json]) -> float:
@@ -334,22 +345,21 @@ def print_overlap(rows: list[Row]) -> None:
 def sweep() -> list[Row]:
     """One quantity at a time, at staleness 0."""
     rows = []
-    print("\n| rollouts | horizon, tokens | replicas | step, s | draw, s | train, s | sync, s |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n| rollouts | horizon, tokens | replicas | dp | step, s | draw, s | train, s | sync, s |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, values in SWEEPS.items():
         for value in values:
-            many = {"rollouts": 256} if name == "replicas" else {}  # so that one server is not enough
-            row = measure(0, varies=name, **many | {name: value})
+            row = measure(0, varies=name, **BESIDE.get(name, {}) | {name: value})
             rows.append(row)
             seconds = " | ".join(f"{part:.2f}" for part in (row.step_s, row.draw_s, row.train_s, row.sync_s))
-            print(f"| {row.rollouts} | {row.horizon_tokens} | {row.replicas} | {seconds} |", flush=True)
+            print(f"| {row.rollouts} | {row.horizon_tokens} | {row.replicas} | {row.dp} | {seconds} |", flush=True)
     return rows
 
 
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="more rollouts, longer ones, more servers")
+    parser.add_argument("--sweep", action="store_true", help="more rollouts, longer ones, more servers, more ranks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     options = parser.parse_args()
     rows = overlap() + (sweep() if options.sweep else [])

@@ -29,7 +29,10 @@ def main() -> None:
         axes.plot(values, [row["draw_s"] for row in rows], "o-", color=BLUE, ms=3, label="draw")
         axes.plot(values, [row["train_s"] + row["sync_s"] for row in rows], "o-", color=ORANGE, ms=3, label="train")
         axes.set_xlabel(
-            {"horizon_tokens": "horizon, tokens", "replicas": "servers"}.get(name, f"{name} a step"), fontsize=8
+            {"horizon_tokens": "horizon, tokens", "replicas": "servers", "dp": "trainer ranks"}.get(
+                name, f"{name} a step"
+            ),
+            fontsize=8,
         )
         axes.set_ylim(0)
         axes.tick_params(labelsize=7)
@@ -45,7 +48,7 @@ def split(rows: list[Row]) -> tuple[tuple[Row, Row], dict[str, list[Row]]]:
     serial, ahead, *_ = (row for row in rows if row["varies"] == "staleness")
     sweeps: dict[str, list[Row]] = {}
     for row in rows:
-        if row["varies"] in {"rollouts", "horizon_tokens", "replicas"}:
+        if row["varies"] in {"rollouts", "horizon_tokens", "replicas", "dp"}:
             sweeps.setdefault(row["varies"], []).append(row)
     return (serial, ahead), sweeps
 
