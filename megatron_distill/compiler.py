@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_distill.errors import BuildError
@@ -69,7 +70,8 @@ def library(source: Path, headers: Sequence[Path], target: str = "-march=native"
 
 
 def call(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
-    """Call a kernel. Tensors and None go as pointers, whole numbers as int64, floats as float, structures by reference."""
+    """Call a kernel. Tensors and None go as pointers, whole numbers as int64, floats as float, structures by reference; the
+    number of threads comes last."""
     converted: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -82,7 +84,7 @@ def call(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
             converted.append(ctypes.byref(argument))
         else:
             converted.append(argument)
-    getattr(library, name)(*converted)
+    getattr(library, name)(*converted, ctypes.c_int32(torch.get_num_threads()))
 
 
 def _cache_folders() -> tuple[Path, Path]:

@@ -64,8 +64,7 @@ def _floats(tensor: Tensor) -> Tensor:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Call a kernel, whose last argument is the number of threads."""
-    compiler.call(library(), name, *arguments, ctypes.c_int32(torch.get_num_threads()))
+    compiler.call(library(), name, *arguments)
 
 
 def _write(name: str, out_TV: Tensor, *arguments: Any) -> None:

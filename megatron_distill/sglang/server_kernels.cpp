@@ -11,23 +11,20 @@
 
 namespace {
 
-// Some numbers of type `type` as floats; past the end, zeros.
+template <Type type> inline float number(const char* from) {
+    if constexpr (type == F32) return load<float>(from);
+    else return type == BF16 ? from_bf16(load<uint16_t>(from)) : half_to_float(load<uint16_t>(from));
+}
+
+// A vector of numbers of type `type`, of which there are n; past the end, zeros.
 template <Type type> inline Vec read(const char* from, int64_t n) {
-    if constexpr (type == F32) {
+    if constexpr (type == F32)
         if (n >= LANES) return load<Vec>(from);
-        Vec v{};
-        std::memcpy(&v, from, n * 4);
-        return v;
-    } else if constexpr (type == BF16) {
+    if constexpr (type == BF16)
         if (n >= LANES) return (Vec)(__builtin_convertvector(load<Half>(from), Word) << 16);
-        Half half{};
-        std::memcpy(&half, from, n * 2);
-        return (Vec)(__builtin_convertvector(half, Word) << 16);
-    } else {
-        Vec v{};
-        for (int i = 0; i < LANES && i < n; i++) v[i] = half_to_float(load<uint16_t>(from + i * 2));
-        return v;
-    }
+    Vec v{};
+    for (int i = 0; i < LANES && i < n; i++) v[i] = number<type>(from + i * (type == F32 ? 4 : 2));
+    return v;
 }
 
 template <Type type> inline void write(char* to, const float* values, int64_t n) {

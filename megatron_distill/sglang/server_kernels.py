@@ -65,8 +65,8 @@ def register() -> None:
 
     if not are_built():
         return
-    HookRegistry.register(f"{_BACKEND}._run_sdpa_forward_decode", _decode, HookType.AROUND)
-    HookRegistry.register(f"{_BACKEND}._run_sdpa_forward_extend", _extend, HookType.AROUND)
+    HookRegistry.register(f"{_BACKEND}._run_sdpa_forward_decode", _attend, HookType.AROUND)
+    HookRegistry.register(f"{_BACKEND}._run_sdpa_forward_extend", _attend, HookType.AROUND)
 
 
 def attention(
@@ -118,7 +118,6 @@ def attention(
         len(lengths),
         window,
         scale,
-        ctypes.c_int32(torch.get_num_threads()),
     )
     return out
 
@@ -127,7 +126,7 @@ def murmur_hash32(seed_N: Tensor, positions_N: Tensor, columns_V: Tensor) -> Ten
     """See ``seeded_sampling.murmur_hash32``; all int64."""
     out_NV = torch.empty(len(seed_N), len(columns_V), dtype=torch.uint32)
     rows = (seed_N.contiguous(), positions_N.contiguous(), columns_V.contiguous())
-    compiler.call(library(), "murmur_hash32", *rows, *out_NV.shape, out_NV, ctypes.c_int32(torch.get_num_threads()))
+    compiler.call(library(), "murmur_hash32", *rows, *out_NV.shape, out_NV)
     return out_NV
 
 
@@ -137,49 +136,9 @@ def _heads(tensor: Tensor) -> _Heads:
     return _Heads(tensor.data_ptr(), tensor.stride(0), heads, width)
 
 
-def _decode(
-    original: Callable[..., Tensor],
-    backend: object,
-    query: Tensor,
-    output: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    req_to_token: Tensor,
-    req_pool_indices: Tensor,
-    seq_lens: Tensor,
-    encoder_lens: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """Around ``_run_sdpa_forward_decode``: one new token a sequence."""
-    arguments = (query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens)
-    if encoder_lens is not None or options["is_cross_attn"] or query.dtype != k_cache.dtype:
-        return original(backend, *arguments, encoder_lens, **options)
-    return _attend(*arguments, torch.ones_like(seq_lens), **options)
-
-
-def _extend(
-    original: Callable[..., Tensor],
-    backend: object,
-    query: Tensor,
-    output: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    req_to_token: Tensor,
-    req_pool_indices: Tensor,
-    seq_lens: Tensor,
-    extend_prefix_lens: Tensor,
-    extend_seq_lens: Tensor,
-    encoder_lens: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """Around ``_run_sdpa_forward_extend``: the prompts' tokens, or those that the cache does not hold."""
-    arguments = (query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens)
-    if encoder_lens is not None or not options["causal"] or query.dtype != k_cache.dtype:
-        return original(backend, *arguments, extend_prefix_lens, extend_seq_lens, encoder_lens, **options)
-    return _attend(*arguments, extend_seq_lens, **options)
-
-
 def _attend(
+    original: Callable[..., Tensor],
+    backend: object,
     query: Tensor,
     output: Tensor,
     k_cache: Tensor,
@@ -187,13 +146,21 @@ def _attend(
     req_to_token: Tensor,
     req_pool_indices: Tensor,
     seq_lens: Tensor,
-    new_tokens: Tensor,
-    scaling: float | None = None,
-    sliding_window_size: int | None = None,
-    **_: Any,
+    *lens: Tensor | None,
+    **options: Any,
 ) -> Tensor:
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = -1 if sliding_window_size is None else sliding_window_size
+    """Around both loops. ``lens`` are those of an encoder, if any, and in an extension before them those of cached prefixes and
+    of what is new; a decoded token is the last of its sequence."""
+    *extended, encoder_lens = lens
+    arguments = (query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens)
+    is_plain = options["causal"] if extended else not options["is_cross_attn"]
+    if encoder_lens is not None or not is_plain or query.dtype != k_cache.dtype:
+        return original(backend, *arguments, *lens, **options)
+    _, new_tokens = extended or (None, torch.ones_like(seq_lens))
+    scale, window = options["scaling"], options["sliding_window_size"]
     return attention(
-        query, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, new_tokens, scale, window, output
+        *(query, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, new_tokens),
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        window=-1 if window is None else window,
+        out_THE=output,
     )

@@ -9,8 +9,8 @@ that is ``NotAnAnswer``. Never any other 4xx. Waiting for a server that is being
 request whose connection was reset three times is suspected of killing servers and is not sent again in this process.
 
 A replica that was started again serves the weights it began with, and one that another rank gave new ones serves those. So
-its version is asked for before it gets a request that names one, whenever it is not known to serve that one; those that are
-known to are preferred.
+its version is asked for before it gets a request that names one, whenever it is not known to serve that one; those last heard
+to serve another come last.
 """
 
 from __future__ import annotations
@@ -315,8 +315,8 @@ class ReplicaPool:
         return str(info["weight_version"])
 
     def _acquire(self, cancelled: threading.Event, weight_version: WantedVersion, stale: set[Replica]) -> Replica:
-        """The least-loaded replica that is up, waiting for one if need be: of those known to serve what is wanted, or else of
-        those that this request has not found ``stale``. ``_release`` gives it back."""
+        """The least-loaded replica that is up, waiting for one if need be: of those not last heard to serve another version, or
+        else of those that this request has not found ``stale``. ``_release`` gives it back."""
         while True:
             if cancelled.is_set():
                 raise GaveUp("sglang request = cancelled: another request failed.")
@@ -328,9 +328,9 @@ class ReplicaPool:
                     if replica.next_probe <= now
                     and (replica not in stale or _is_known_to_serve(replica, weight_version))
                 ]
-                known = [r for r in up if r.version is None or serves(r.version, weight_version)]
+                likely = [r for r in up if r.version is None or serves(r.version, weight_version)]
                 if up:
-                    replica = min(known or up, key=lambda candidate: candidate.num_in_flight)
+                    replica = min(likely or up, key=lambda candidate: candidate.num_in_flight)
                     replica.num_in_flight += 1
                     if replica.down_since is not None:
                         replica.next_probe = now + _PROBE_EVERY_S  # one request at a time finds out whether it is back
