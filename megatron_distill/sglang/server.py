@@ -49,6 +49,12 @@ Progress = Callable[[str], None]
 NCCL_ENV = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 """What SGLang 0.5.23 sets in its processes unless it is set: a process that shares a group with a server needs the same."""
 
+_SERVER_PORTS = range(30000, 32768)
+"""Where servers that name no port are put: above the range in which SGLang 0.5.23 looks for its processes' ports, which it also
+binds only after loading (22000 to 29999), and below what Linux gives to outgoing connections (from 32768)."""
+
+_port_holders: list[socket.socket] = []
+
 _POLL_S = 0.25
 _HEALTH_TIMEOUT_S = 25.0  # SGLang's own limit on a health check is 20 s
 _PROGRESS_EVERY_S = 5.0
@@ -171,7 +177,7 @@ class SGLangServer:
         """
         device = _detect_device() if spec.device == "auto" else spec.device
         model_dir = Path(spec.model_dir).absolute()  # a relative one, if missing, would be looked up on a model hub
-        self.spec = replace(spec, model_dir=model_dir, device=device, port=spec.port or _free_port(spec.host))
+        self.spec = replace(spec, model_dir=model_dir, device=device, port=spec.port or _reserve_port(spec.host))
         self.log_file = Path(log_file)
         self.key = key or secrets.token_hex(32)
         self._process: subprocess.Popen[bytes] | None = None
@@ -347,15 +353,23 @@ def _detect_device() -> Literal["cpu", "cuda"]:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _free_port(host: str) -> int:
-    """A port that nobody holds, from below the range that Linux hands out to outgoing connections (from 32768).
+def _reserve_port(host: str) -> int:
+    """A port that nobody holds, and that nobody is given before the server binds it, minutes of loading later.
 
-    A server binds only after minutes of loading; a port of that range would often be some client's by then.
+    It stays bound here, for as long as this process lives: no search for a free port finds it, while the server, which asks to
+    reuse addresses, may listen on it.
     """
-    for port in random.SystemRandom().sample(range(20000, 32768), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((host, port))
-            return port
+    for port in random.SystemRandom().sample(_SERVER_PORTS, 100):
+        holder = socket.socket()
+        try:
+            holder.bind((host, port))
+        except OSError:
+            holder.close()
+            continue
+        # Only now: two processes that hold a port must not be given the same one.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _port_holders.append(holder)
+        return port
     raise ServerError(
         f"ServerSpec.port = 0 on {host}: no free port found in 100 tries. Is the host right? Name a port."
     )

@@ -1,5 +1,6 @@
 """Starting and stopping server processes, with a stand-in for SGLang that starts in no time."""
 
+import inspect
 import os
 import signal
 import socket
@@ -164,6 +165,29 @@ def test_taken_port_is_refused(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(ServerError, match=f"port = {port}: Address already in use"):
             SGLangServer(replace(SPEC, port=port), tmp_path / "log").start()
+
+
+def test_chosen_port_is_kept_until_the_server_binds_it(tmp_path: Path) -> None:
+    """A server loads for minutes before it binds: until then nobody who looks for a free port is given its own."""
+    host, port = SPEC.host, fake_server("student", tmp_path).spec.port
+    with socket.socket() as other, pytest.raises(OSError, match="already in use"):
+        other.bind((host, port))
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn, SGLang's HTTP server, does
+        server.bind((host, port))
+        server.listen()
+        with socket.create_connection((host, port), timeout=HANG_S):
+            server.accept()[0].close()
+
+
+@pytest.mark.slow
+def test_no_port_is_chosen_where_sglang_looks_for_its_own() -> None:
+    """SGLang finds ports for its processes without keeping them: a server's own port must lie elsewhere."""
+    from sglang.srt.utils.network import get_free_port_below_ephemeral
+
+    sglang = inspect.signature(get_free_port_below_ephemeral).parameters
+    ours = server_module._SERVER_PORTS
+    assert sglang["high"].default < ours[0] or ours[-1] < sglang["low"].default
 
 
 @pytest.mark.slow

@@ -109,10 +109,10 @@ mkdir -p "$past" && mv "$run"/errors/*.json "$past"/ 2>/dev/null
 rmdir "$past" 2>/dev/null
 rm -rf "$run"/finished.json "$run"/stop_requested "$run"/endpoints "$run"/sync
 
-# The trainer's ranks meet on this node, at a port that nobody answers on. Its processes, and those of all the job's nodes, find
-# their own addresses on the way to one another.
+# The trainer's ranks meet on this node, at a port that nobody answers on, where no server looks for its own. Its processes, and
+# those of all the job's nodes, find their own addresses on the way to one another.
 export TRAINER_HOST="$(uname -n)" TRAINER_PORT
-for TRAINER_PORT in $(shuf --input-range=20000-32767 --head-count=20); do
+for TRAINER_PORT in $(shuf --input-range=20000-21999 --head-count=20); do
     (exec 3<>"/dev/tcp/127.0.0.1/$TRAINER_PORT") 2>/dev/null || break
 done
 export MEGATRON_DISTILL_HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -s -d ,)"
