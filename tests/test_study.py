@@ -1,7 +1,9 @@
 """Studies: what is run and in which order, what survives interruptions, and verdicts that follow from the numbers."""
 
 import math
+import shutil
 import xml.etree.ElementTree as ElementTree
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,8 +16,10 @@ from megatron_distill import config as config_module
 from megatron_distill.config import DistillConfig, RunConfig
 from megatron_distill.config.loading import every
 from megatron_distill.config.schedules import constant
-from megatron_distill.errors import ConfigError, DataError, DistillError
+from megatron_distill.errors import CheckpointError, ConfigError, DataError, DistillError
 from megatron_distill.launch import local
+from megatron_distill.launch.disk import bytes_to_come
+from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.runs.run_folder import RunFolder, write_json
 from megatron_distill.study import run as study_module
 from megatron_distill.study.claims import holm, judge, judge_all, sentence, verdict_on_claim
@@ -31,7 +35,7 @@ from megatron_distill.study.results import (
     read_result,
     save,
 )
-from megatron_distill.study.run import run_study
+from megatron_distill.study.run import planned, run_study
 from tests.support.made_up import leave_finished_run
 
 NUM_STEPS = 6
@@ -237,6 +241,17 @@ def test_unsound_studies_are_refused_with_all_problems(tmp_path: Path) -> None:
     ):
         assert part in message
     assert not (tmp_path / "new").exists()
+
+
+def test_the_disk_must_hold_all_runs_not_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study that would fill the disk by its third run does not begin; fewer seeds than would, do."""
+    config = arm("low", 0.0).config
+    each = bytes_to_come(config, HfConfig.from_dir(config.student.path), RunFolder(tmp_path / "none"))
+    usage = namedtuple("usage", "total used free")(100 * each, 97 * each, 3 * each)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match=r"needs .* MiB, but .* has .* MiB free"):
+        run_study(small_study(), tmp_path / "new", must_not_train)
+    assert len(planned(small_study(), tmp_path / "new", seeds=(2,)).missing) == 3
 
 
 @pytest.mark.parametrize("name", every(Study))

@@ -26,9 +26,12 @@ from pathlib import Path
 
 from megatron_distill import config as config_module
 from megatron_distill.config import RunConfig, flatten
+from megatron_distill.convert.hf_files import check_free_space
 from megatron_distill.errors import ConfigError, DistillError
+from megatron_distill.launch.disk import bytes_to_come
 from megatron_distill.launch.launch import Train
 from megatron_distill.models import hub
+from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.runs.run_folder import RunFolder
 from megatron_distill.runs.summary import duration
 from megatron_distill.study.design import Arm, Study, check_study
@@ -137,16 +140,18 @@ def planned(study: Study, folder: Path, seeds: Sequence[int] = ()) -> StudyRuns:
 
 
 def _check_files(runs: StudyRuns) -> None:
-    """Check models, data and layouts of every run before the first one starts, each combination once.
+    """Check models, data and layouts of every run before the first one starts, each combination once; and the disk for all.
 
     An arm that goes on with another's student is checked with what that one began with, as long as there is no other.
 
     Raises:
         ConfigError: naming the run.
+        CheckpointError: what all runs will write does not fit the disk.
     """
     from megatron_distill.launch import preflight  # which loads tokenizers
 
     seen = set()
+    num_bytes = 0.0
     for key in runs.missing:
         config, before = runs.configs[key], runs.before(key)
         while before is not None and not Path(config.student.path).exists():
@@ -158,13 +163,14 @@ def _check_files(runs: StudyRuns) -> None:
             for name in ("student", "teacher", "data", "rollouts", "curriculum", "evaluation", "servers")
         }
         alike = json.dumps([looked_at, config.needs_teacher, config.needs_teacher_server], sort_keys=True)
-        if alike in seen:
-            continue
-        seen.add(alike)
-        try:
-            preflight.check(config)
-        except DistillError as error:
-            raise ConfigError(f"study run {config.name!r}: {error}") from error
+        if alike not in seen:
+            seen.add(alike)
+            try:
+                preflight.check(config)
+            except DistillError as error:
+                raise ConfigError(f"study run {config.name!r}: {error}") from error
+        num_bytes += bytes_to_come(config, HfConfig.from_dir(config.student.path), runs.folders[key])
+    check_free_space(runs.results.parent, int(num_bytes))
 
 
 def _run_config(arm: Arm, seed: int, folders: dict[Key, RunFolder]) -> RunConfig:
