@@ -187,11 +187,16 @@ def test_help_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeyp
         assert [line for line in wide if not line.strip().startswith(("e.g. ", "'"))] == []
 
 
-def test_a_mistyped_command_is_named_with_the_likely_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistyped_command_or_option_is_named_with_the_likely_one(capsys: pytest.CaptureFixture[str]) -> None:
     """And what cannot go together in one is refused, instead of one of the two winning silently."""
-    with pytest.raises(SystemExit):
-        main(["trian", "tiny.quickstart"])
-    assert "no command 'trian'. Did you mean train?" in capsys.readouterr().err
+    for typed, meant in (
+        (["trian", "tiny.quickstart"], "no command 'trian'. Did you mean train?"),
+        (["study", "tiny.study", "--max-runing=3"], "arguments: --max-runing=3. Did you mean --max-running?"),
+        (["plan", "tiny.quickstart", "--zzz"], "arguments: --zzz. Type megatron-distill plan --help."),
+    ):
+        with pytest.raises(SystemExit):
+            main(typed)
+        assert meant in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["eval", "model", "--problems", "mine.jsonl", "--set", "gsm8k"])
     assert "not allowed with argument" in capsys.readouterr().err

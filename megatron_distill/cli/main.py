@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import re
 import select
 import sys
 import textwrap
@@ -127,10 +128,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         )
     options, rest = parser.parse_known_args(argv)
     if rest and not (hasattr(options, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}.{_remedy(options.command, rest[0])}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _remedy(command: str, argument: str) -> str:
+    """What to type in place of an argument that a command does not take, if that can be guessed."""
+    known = argparse.ArgumentParser()
+    command_module(command).configure(known)
+    option = argument.partition("=")[0]
+    close = difflib.get_close_matches(option, re.findall(r"--\w[\w-]*", known.format_help()), n=1)
+    return f" Did you mean {close[0]}?" if close else f" Type megatron-distill {command} --help."
 
 
 if __name__ == "__main__":
