@@ -7,7 +7,7 @@ from megatron_distill.launch.nodes import ClusterProfile
 
 
 def lab() -> ClusterProfile:
-    """Emulated CPU nodes of one machine, as ``tests/slurm`` starts them: one rank or one server a node, no container."""
+    """Emulated CPU nodes of ``tests/support/slurm_lab.py``: one rank or one server a node, no container."""
     return ClusterProfile(
         name="lab",
         account="lab",

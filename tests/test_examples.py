@@ -3,10 +3,10 @@
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-from megatron_distill.recipes.tiny import MODELS
 
 from megatron_distill import config as config_module
 from megatron_distill.cli.arguments import chosen_config
@@ -14,10 +14,11 @@ from megatron_distill.cli.main import main, make_parser
 from megatron_distill.config.loading import load_recipe
 from megatron_distill.convert.offline import hf_to_megatron
 from megatron_distill.launch.launch import num_gpus
-from megatron_distill.runs.checkpoints import directory_of
+from megatron_distill.runs.checkpoints import directory_of, steps_to_keep
 from megatron_distill.runs.run_folder import RunFolder
 
-PAGE = (Path(__file__).parents[1] / "docs" / "examples.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "examples.md").read_text()
 LAPTOP, NODE, NODES = re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
 
 
@@ -29,12 +30,10 @@ def commands(section: str) -> list[list[str]]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the tiny models and data where the page has them."""
-    for name in ("student", "teacher"):
-        shutil.copytree(MODELS / name, tmp_path / "models" / name)
-    (tmp_path / "data").mkdir()
-    for name in ("train.jsonl", "heldout.jsonl"):
-        shutil.copy(MODELS / name, tmp_path / "data" / name)
+    """A working directory with models and data, put there as the page does."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    [line] = re.findall(r"^mkdir .*$", LAPTOP, re.MULTILINE)
+    subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -47,6 +46,16 @@ def as_if_trained(folder: RunFolder, recipe: str, step: int) -> None:
     hf_to_megatron("models/student", folder.root / "megatron")
     shutil.move(folder.root / "megatron" / "release", directory_of(folder, step))
     folder.checkpoint_tracker.write_text(str(step))
+
+
+def test_what_the_laptop_goes_back_to_is_kept() -> None:
+    """The checkpoints that the page forks and exports outlive a run of its own command."""
+    lines = commands(LAPTOP)
+    [long] = [line for line in lines if "num_steps=100" in line]
+    config = config_module.with_overrides(load_recipe("tiny.quickstart"), [one for one in long[2:] if "=" in one])
+    steps = range(config.save_every_steps, config.num_steps + 1, config.save_every_steps)
+    kept = steps_to_keep(steps, config.num_steps, config.checkpoints, best=None)
+    assert {int(line[line.index("--step") + 1]) for line in lines if "--step" in line} <= kept
 
 
 def understood(command: list[str]) -> None:

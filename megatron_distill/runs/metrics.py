@@ -239,7 +239,7 @@ METRICS: tuple[Metric, ...] = (
         "sampler_gap_nats",
         "Rollouts",
         "Mean |log-prob under SGLang - log-prob under Megatron| of student-sampled tokens, same weights.",
-        "Below 1e-4 in fp32, below 0.02 in bf16.",
+        "Below 1e-4 in fp32; in bf16 at most 0.05, which `make gpu-check` asks and nobody has measured.",
         "Jumps after a sync: the server holds other weights. Grows slowly: kernels differ; use truncated weights.",
         "gap",
         ".1e",

@@ -79,7 +79,7 @@ class ServerSpec:
         tp: tensor-parallel size of this one server.
         returns_hidden_states: whether ``SGLangClient.hidden_states`` may be asked; see ``sglang.hidden_states``.
         cpu_threads: OpenMP threads of a CPU server. More than one helps only large models on idle cores: threads that wait for
-            each other on busy cores made a tiny model many times slower (docs/sglang.md has the figures).
+            each other on busy cores made a tiny model many times slower.
         extra_args: further ``sglang.launch_server`` arguments; they come last, so they win.
     """
 
