@@ -105,6 +105,7 @@ past="$run"/launch/failures/"$SLURM_JOB_ID"-"${{SLURM_RESTART_COUNT:-0}}"
 mkdir -p "$past" && mv "$run"/errors/*.json "$past"/ 2>/dev/null
 rmdir "$past" 2>/dev/null
 rm -rf "$run"/finished.json "$run"/stop_requested "$run"/endpoints "$run"/sync
+[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] || rm -f "$run"/launch/failed_starts
 
 # The trainer's ranks meet on this node, at a port that nobody answers on, where no server looks for its own. Its processes, and
 # those of all the job's nodes, find their own addresses on the way to one another.
@@ -129,7 +130,9 @@ go_on() {{
         echo $(($(failed_starts) + 1)) > "$run"/launch/failed_starts
         [ "$(failed_starts)" -lt {profile.max_failed_starts} ] || return
     fi
-    scontrol requeue "$job"
+    # A job that its user cancels may have saved a step too, but to Slurm it is not incomplete, and it stays down. One that was
+    # warned may be over its time by now.
+    if [ -e "$run"/stop_requested ]; then scontrol requeue "$job"; else scontrol requeue Incomplete "$job"; fi
 }}
 end() {{
     go_on || :

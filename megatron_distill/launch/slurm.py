@@ -16,6 +16,8 @@ _ENDED = (
     "OUT_OF_MEMORY",
     "BOOT_FAIL",
     "DEADLINE",
+    "PREEMPTED",
+    "REVOKED",
     "FORGOTTEN",
 )
 _NO_SUCH_JOB = "Invalid job id"

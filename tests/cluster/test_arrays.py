@@ -101,7 +101,7 @@ def test_the_hand_off_study_is_two_arrays(tmp_path: Path) -> None:
 def test_the_batch_script_finds_its_run_and_ends_as_the_run_did(is_array: bool, tmp_path: Path) -> None:
     """By the number of the task if it is one; the exit code is 0 if and only if the run has finished, whatever the roles' was:
     a dependent array goes by it. A task is requeued by its name in the array: by its own id, which may be the array's, all
-    tasks would be."""
+    tasks would be; and if nobody warned it, only while Slurm holds it for incomplete, which one that was cancelled is not."""
     folders = {3: RunFolder(tmp_path / "it's a $(touch run)"), 11: RunFolder(tmp_path / "other")}
     for folder in folders.values():
         folder.create()
@@ -112,14 +112,12 @@ def test_the_batch_script_finds_its_run_and_ends_as_the_run_did(is_array: bool, 
     setup = batch_setup(LAB, run_of_task(folders) if is_array else run_of_job(folders[3]))
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     environment |= {"SLURM_JOB_NODELIST": "n1", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    saved, job = shlex.quote(str(folders[3].checkpoint_tracker)), "7_3" if is_array else "7"
     for does, code, requeued in (
         ('touch "$run"/finished.json; false', 0, []),
         ("true", 1, []),
-        (
-            f"echo 4 > {shlex.quote(str(folders[3].checkpoint_tracker))}",
-            1,
-            ["requeue 7_3" if is_array else "requeue 7"],
-        ),
+        (f"echo 4 > {saved}", 1, [f"requeue Incomplete {job}"]),
+        (f'echo 5 > {saved}; touch "$run"/stop_requested', 1, [f"requeue {job}"]),
     ):
         asked.unlink(missing_ok=True)
         script = f"{setup}\nprintenv {RUN_VARIABLE}\n{does}\nexitcode=$?\nset -e\nexit $exitcode"

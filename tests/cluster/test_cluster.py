@@ -349,8 +349,8 @@ def test_a_killed_rank_is_the_cause_of_what_the_others_report(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("state", "ended"),
-    [("COMPLETED", True), ("CANCELLED by 0", True), ("TIMEOUT", True), ("PENDING", False), ("REQUEUED", False),
-     ("COMPLETING", False), ("UNKNOWN", False)],
+    [("COMPLETED", True), ("CANCELLED by 0", True), ("TIMEOUT", True), ("PREEMPTED", True), ("PENDING", False),
+     ("REQUEUED", False), ("COMPLETING", False), ("UNKNOWN", False)],
 )  # fmt: skip
 def test_requeued_and_unknown_jobs_have_not_ended(state: str, ended: bool) -> None:
     """Only a state that is final ends a job."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,6 +19,7 @@ from megatron_distill.recipes import clusters, tiny
 
 from megatron_distill import config
 from megatron_distill.launch import cluster
+from megatron_distill.launch.slurm import has_ended, job_state
 from megatron_distill.runs.console import Console
 from megatron_distill.runs.run_folder import RunFolder, read_json, read_lines
 from tests.support.slurm_lab import SlurmLab, install
@@ -302,6 +304,41 @@ else:
     tracker.parent.mkdir()
     tracker.write_text("1")
 """
+STAND_IN_SAVING_RANK = """
+import pathlib, time
+
+tracker = pathlib.Path({run!r}) / "checkpoints" / "latest_checkpointed_iteration.txt"
+tracker.parent.mkdir()
+tracker.write_text("1")
+time.sleep(600)
+"""
+
+
+def submit_stand_ins(
+    lab: SlurmLab, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, rank_code: str, **profile: Any
+) -> str:
+    """A job of the real scripts, in which what they start is a stand-in: minutes of sleep. Its id."""
+    folder.create()
+    rank, python = folder.root.parent / "rank.py", folder.root.parent / "python"
+    rank.write_text(rank_code.format(run=str(folder.root)))
+    python.write_text(STAND_IN.format(python=sys.executable, rank=rank))
+    python.chmod(0o755)
+    for name, value in lab.env.items():
+        monkeypatch.setenv(name, value)
+    nodes = replace(clusters.lab(), python=str(python), **profile)
+    return cluster.submit(cluster.job_of(tiny.quickstart(), nodes, folder), nodes, {"": folder})
+
+
+def test_a_job_that_its_user_cancels_stays_down(lab: SlurmLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it has saved a step, after which a job that fails would be requeued."""
+    folder = RunFolder(tmp_path / "run")
+    job_id = submit_stand_ins(lab, folder, monkeypatch, STAND_IN_SAVING_RANK)
+    wait_until(folder.checkpoint_tracker.exists, "a saved step")
+    lab.slurm("scancel", job_id)
+    wait_until(lambda: has_ended(job_state(job_id)), "the end of the job")
+    assert job_state(job_id).startswith("CANCELLED")
+    assert "Restarts=0" in lab.slurm("scontrol", "show", "job", job_id)
+    wait_until_none_names(str(tmp_path))
 
 
 @pytest.mark.long
@@ -309,17 +346,9 @@ def test_the_time_limit_itself_warns_the_ranks_and_requeues_the_job(
     lab: SlurmLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No signal of ours: what Slurm's --signal says reaches the trainer through its shell, spares servers and batch script, and
-    the job that is requeued finishes. The scripts are the real ones, what they start is a stand-in: minutes of sleep."""
+    the job that is requeued finishes."""
     folder = RunFolder(tmp_path / "run")
-    folder.create()
-    rank, python = tmp_path / "rank.py", tmp_path / "python"
-    rank.write_text(STAND_IN_RANK.format(run=str(folder.root)))
-    python.write_text(STAND_IN.format(python=sys.executable, rank=rank))
-    python.chmod(0o755)
-    for name, value in lab.env.items():
-        monkeypatch.setenv(name, value)
-    profile = replace(clusters.lab(), python=str(python), time_limit="2:00", warning_s=60)
-    job_id = cluster.submit(cluster.job_of(tiny.quickstart(), profile, folder), profile, {"": folder})
+    job_id = submit_stand_ins(lab, folder, monkeypatch, STAND_IN_RANK, time_limit="2:00", warning_s=60)
     with Console(folder, 1, io.StringIO()) as console:
         cluster.follow(job_id, folder, console)
     assert folder.finished.exists()
