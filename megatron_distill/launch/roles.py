@@ -63,17 +63,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _failure_reported(folder: RunFolder, name: str) -> Iterator[None]:
     try:
         yield
-    except DistillError as error:
-        folder.fail(name, str(error))
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        _end_at_once()
     except BaseException as error:  # torch's CheckpointException is no Exception
         if isinstance(error, SystemExit) and not error.code:  # Megatron's end after it has saved on a signal
             raise
-        folder.fail(name, f"{type(error).__name__}: {error}. See {folder.logs}.")
-        traceback.print_exc()
+        try:
+            _report(folder, name, error)
+        finally:
+            _end_at_once()
+
+
+def _report(folder: RunFolder, name: str, error: BaseException) -> None:
+    """Tell launcher and log; either may lie on a disk that is full."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, DistillError):
+        folder.fail(name, str(error))
+        print(text, file=sys.stderr, flush=True)
+    else:
+        folder.fail(name, f"{text}. See {folder.logs}.")
+        traceback.print_exception(error)
         sys.stderr.flush()
-        _end_at_once()
 
 
 def _end_with(launcher_pid: int, served: RunFolder | None) -> None:

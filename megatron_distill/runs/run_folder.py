@@ -16,6 +16,7 @@ Every line is appended whole, so that a reader never sees half a record and a ki
 first forgets what came after its checkpoint (``rewind``), so that every step has one record, however often it was resumed.
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -194,9 +195,10 @@ class RunFolder:
         append(self.events_of(role), {"time": time.time(), "role": role, "text": text, **facts})
 
     def fail(self, role: str, message: str) -> None:
-        """Leave the cause of a role's failure where the launcher finds it."""
-        self.errors.mkdir(parents=True, exist_ok=True)
-        write_json(self.errors / f"{role}.json", {"time": time.time(), "role": role, "message": message})
+        """Leave the cause of a role's failure where the launcher finds it, unless the disk takes no more."""
+        with contextlib.suppress(OSError):  # which would take the place of what failed first
+            self.errors.mkdir(parents=True, exist_ok=True)
+            write_json(self.errors / f"{role}.json", {"time": time.time(), "role": role, "message": message})
 
     def first_failure(self) -> dict[str, Any] | None:
         """The earliest failure that a role left, since later ones are usually its consequence."""

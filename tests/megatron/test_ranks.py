@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_distill.megatron.ranks import find_ranks
 from megatron_distill.runs.run_folder import RunFolder
+from tests.support.waiting import HANG_S, wait_until_none_names
 
 
 def test_ranks_wait_for_each_other_as_long_as_megatron_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,3 +59,26 @@ with _failure_reported(RunFolder(Path({str(tmp_path)!r})), "trainer-0"):
     failure = folder.first_failure()
     assert (failure is not None) == told
     assert failure is None or failure["message"].startswith(f"SystemExit: {code}.")
+
+
+@pytest.mark.slow
+def test_what_fails_on_a_full_disk_ends_with_its_helpers(tmp_path: Path) -> None:
+    """The cause cannot be left in the run folder; it is told in the log, and no process waits for one that has ended."""
+    folder = RunFolder(tmp_path)
+    folder.create()
+    folder.errors.rmdir()
+    folder.errors.touch()  # nothing can be written below it
+    program = f"""
+import errno, subprocess, sys
+from pathlib import Path
+from megatron_distill.launch.roles import _failure_reported
+from megatron_distill.runs.run_folder import RunFolder
+with _failure_reported(RunFolder(Path({str(tmp_path)!r})), "trainer-0"):
+    helper = [sys.executable, "-c", "import time; time.sleep(600)", {str(tmp_path)!r}]
+    subprocess.Popen(helper, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    raise OSError(errno.ENOSPC, "No space left on device", "model.pt")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_S, check=False)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("No space left on device: 'model.pt'")
+    wait_until_none_names(str(tmp_path))
