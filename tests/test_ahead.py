@@ -147,6 +147,19 @@ def test_a_stop_does_not_wait_for_samples() -> None:
     source.gate.set()
 
 
+def test_samples_that_come_as_the_wait_for_them_is_over_are_taken() -> None:
+    """The wait is cut into short ones, between which a stop is looked for: what ends one of them is no failure."""
+
+    class JustInTime(Future[Collected]):
+        def result(self, timeout: float | None = None) -> Collected:
+            if not self.done():
+                self.set_result(Collected([], {}))
+                raise TimeoutError
+            return super().result(timeout)
+
+    assert Ahead(VersionedSource(), None, lambda: False)._wait(JustInTime()).samples == []
+
+
 def test_a_failure_of_the_source_is_its_own() -> None:
     """A lost server is told as such, by ``take`` and by ``drain``."""
 

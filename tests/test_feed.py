@@ -1,5 +1,6 @@
 """Two replicas of two ranks: what a leader brings or breaks reaches everyone, and every rank plans the same step."""
 
+import re
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_distill.errors import DistillError, ServerError
 from megatron_distill.rollouts.dealing import deal
+from megatron_distill.rollouts.records import BadRow
 from megatron_distill.rollouts.source import Collected, Share
 from megatron_distill.training.feed import Packing, StepFeed
 from megatron_distill.training.ranks import Ranks
@@ -38,37 +40,32 @@ def place() -> Ranks:
     )
 
 
-class Unpicklable(Exception):
-    """An error that holds something that cannot travel."""
-
-    def __init__(self) -> None:
-        super().__init__("the socket is gone")
-        self.callback = lambda: None
-
-
 def ask_leaders(group: Any) -> tuple[str, list[str], list[int]]:
     """What every rank gets: of its leader, of failing leaders, of all ranks."""
     ranks, told = place(), []
     result = ranks.from_leader(lambda: f"leader {ranks.rank}")
-    for error in (ServerError("no server"), Unpicklable()):
+    for error in (ServerError("no server"), BadRow("no answer", "row 3: no answer"), KeyError("hint")):
 
-        def fail(error: Exception = error) -> None:
+        def environment(error: Exception = error) -> None:
             if ranks.rank == 2:
                 raise error
 
         try:
-            ranks.from_leader(fail)
+            ranks.from_leader(environment)
         except DistillError as raised:
             told.append(f"{type(raised).__name__}: {raised}")
     return result, told, ranks.gather(ranks.rank)
 
 
 def test_a_leaders_result_is_its_replicas_and_its_failure_everyones(ranks: RankPool) -> None:
-    """Nobody waits for a leader that failed, in whichever replica; an error that cannot be pickled arrives by name."""
+    """Nobody waits for a leader that failed, in whichever replica; an error of a user's function arrives with its place."""
     results = ranks.run(ask_leaders, WORLD)
     assert [result for result, _, _ in results] == ["leader 0", "leader 0", "leader 2", "leader 2"]
     for _, told, gathered in results:
-        assert told == ["ServerError: no server", "DistillError: Unpicklable: the socket is gone"]
+        assert told[:2] == ["ServerError: no server", "DistillError: row 3: no answer"]
+        assert re.fullmatch(
+            r"DistillError: KeyError: 'hint' \(raised at .*/test_feed\.py:\d+, in environment\)", told[2]
+        )
         assert gathered == [0, 1, 2, 3]
 
 

@@ -136,8 +136,8 @@ class Ahead:
             try:
                 return future.result(timeout=_POLL_S)
             except NotYet:
-                if future.done():
-                    raise  # the source's own
+                if future.done():  # just now, perhaps; or the source has run out of time itself
+                    return future.result()
                 if self._must_stop():
                     raise StopRequested("told to end: the step is left undrawn") from None
 

@@ -185,7 +185,8 @@ class Cycle:
 
         with contextlib.suppress(DistillError):
             self._push.wait()  # no thread may be in the middle of something when the process ends
-        self._on_leader(part)
+        if (unkept := self._failure_of(lambda: self._on_leader(part))) is not None:
+            self.say(f"what was drawn ahead is not kept, and will be drawn again: {unkept}")
 
     def _bring_weights(self, seconds: dict[str, float]) -> None:
         """What a checkpoint needs beside it, and what is drawn next: samples of the old weights, and the new ones."""

@@ -8,10 +8,12 @@ samples of about as many tokens (see ``rollouts.dealing``).
 A leader's failure travels the same way: all ranks raise it, none waits for ever.
 """
 
+import contextlib
 import pickle
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -60,14 +62,15 @@ class Ranks:
         """Run ``work`` on every replica's leader and hand its result to the replica's ranks.
 
         Raises:
-            DistillError: on all ranks of the job, whatever a leader raised.
+            DistillError: on all ranks of the job, whatever a leader raised. An error of another kind, which a user's function
+                may raise, is told with the place where it was raised; the leader's log has the whole way there.
         """
         box: list[Any] = [None]
         if self.is_leader:
             try:
                 box[0] = (work(), None)
             except Exception as error:
-                box[0] = (None, _picklable(error))
+                box[0] = (None, _travelling(error))
         dist.broadcast_object_list(box, group=self.replica, group_src=0)
         result, failure = box[0]
         failures = [one for one in self.gather(failure) if one is not None]
@@ -105,9 +108,14 @@ class Ranks:
             work.wait()
 
 
-def _picklable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return DistillError(f"{type(error).__name__}: {error}")
-    return error
+def _travelling(error: Exception) -> DistillError:
+    """An error as other ranks can be sent it: without its traceback, and of a kind that can be pickled."""
+    if not isinstance(error, DistillError):
+        traceback.print_exception(error)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return DistillError(
+            f"{type(error).__name__}: {error} (raised at {place.filename}:{place.lineno}, in {place.name})"
+        )
+    with contextlib.suppress(Exception):
+        return cast(DistillError, pickle.loads(pickle.dumps(error)))
+    return DistillError(str(error))
