@@ -1,5 +1,7 @@
 """The run folder as a contract: a mark, a lock, one record a step, nothing deleted that the project did not write."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -227,6 +229,26 @@ def test_the_second_launch_of_a_folder_is_told_who_holds_it(tmp_path: Path) -> N
     with RunLock(tmp_path):
         pass
     assert not (tmp_path / "lock" / "holder.json").exists()
+
+
+@pytest.mark.slow
+def test_a_file_system_without_locks_leaves_the_count_to_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same machine too."""
+
+    def flock(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    RunFolder(tmp_path).create()
+    first = holder(tmp_path, "launcher")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    try:
+        with pytest.raises(DistillError, match=f"process {first.pid} on .* is running in it"), RunLock(tmp_path):
+            pass
+    finally:
+        first.kill()
+        first.wait()
+    with RunLock(tmp_path):
+        pass
 
 
 def test_a_start_waits_for_the_roles_of_a_killed_launcher(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
     lock/holder.json   who holds it (host, process, command), with a count that the holder raises every few seconds
 
 flock reaches other machines on NFS 4, Lustre (mounted with flock), GPFS and BeeGFS. Where a file system keeps locks to one
-machine, the count tells: a holder on another host whose count moves while we watch is alive. No clocks are compared, so
+machine, or has none, the count tells: a holder whose count moves while we watch is alive. No clocks are compared, so
 machines whose clocks differ, or jump, agree.
 """
 
@@ -58,7 +58,7 @@ class RunLock:
             self._file.close()
             raise self._refusal()
         try:
-            if self._other_machine_is_alive():
+            if self._holder_is_alive():
                 raise self._refusal()
             self._write(0)
             self._thread = threading.Thread(target=self._beat, daemon=True, name="run-lock")
@@ -84,10 +84,13 @@ class RunLock:
     def _holder(self) -> Path:
         return self._directory / "holder.json"
 
-    def _other_machine_is_alive(self) -> bool:
+    def _holder_is_alive(self) -> bool:
+        """Whether someone holds the folder although the lock was free: for want of locks, or of locks between machines."""
         before = self._read()
-        if not before or before.get("host") == socket.gethostname():
-            return False  # on this machine flock has just told that the holder is gone
+        if not before or (
+            before.get("host") == socket.gethostname() and not Path(f"/proc/{before.get('pid')}").exists()
+        ):
+            return False
         deadline = time.monotonic() + _WATCHED_BEATS * BEAT_S
         while time.monotonic() < deadline:
             time.sleep(_POLL_S)
