@@ -161,7 +161,8 @@ class RolloutConfig:
     )
     sync_every_steps: int = plain(
         1,
-        "optimizer steps between weight syncs to the student's servers; above 1 rollouts are stale, and say so",
+        "optimizer steps between weight syncs to the student's servers; above 1 rollouts are stale, and say so, and a resume, "
+        "which syncs first, draws fresher ones than a run that was not interrupted",
         "[1, 1e9]",
     )
     max_staleness_steps: int = plain(

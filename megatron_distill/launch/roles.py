@@ -65,11 +65,11 @@ def _failure_reported(folder: RunFolder, name: str) -> Iterator[None]:
         yield
     except BaseException as error:  # torch's CheckpointException is no Exception
         if isinstance(error, SystemExit) and not error.code:  # Megatron's end after it has saved on a signal
-            raise
+            _end_at_once(0)
         try:
             _report(folder, name, error)
         finally:
-            _end_at_once()
+            _end_at_once(1)
 
 
 def _report(folder: RunFolder, name: str, error: BaseException) -> None:
@@ -77,11 +77,10 @@ def _report(folder: RunFolder, name: str, error: BaseException) -> None:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, DistillError):
         folder.fail(name, str(error))
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr)
     else:
         folder.fail(name, f"{text}. See {folder.logs}.")
         traceback.print_exception(error)
-        sys.stderr.flush()
 
 
 def _end_with(launcher_pid: int, served: RunFolder | None) -> None:
@@ -92,18 +91,22 @@ def _end_with(launcher_pid: int, served: RunFolder | None) -> None:
             time.sleep(_POLL_S)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_GRACE_S)
-        _end_at_once()
+        _end_at_once(1)
 
     threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
 
 
-def _end_at_once() -> NoReturn:
+def _end_at_once(code: int) -> NoReturn:
     """End this process and its helpers, which would outlive it: Megatron's checkpoint helper waits for ever.
 
-    Not by ``sys.exit``: other ranks may never reach a collective that a clean exit would wait for.
+    Not by ``sys.exit``, which waits: for threads, in which responses are awaited, and perhaps for a collective that other ranks
+    never reach.
     """
+    with contextlib.suppress(OSError):  # of a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
     processes.send(processes.descendants(os.getpid()), signal.SIGKILL)
-    os._exit(1)
+    os._exit(code)
 
 
 def _save_and_stop_on(warning: signal.Signals) -> None:

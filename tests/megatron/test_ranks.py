@@ -62,6 +62,24 @@ with _failure_reported(RunFolder(Path({str(tmp_path)!r})), "trainer-0"):
 
 
 @pytest.mark.slow
+def test_a_polite_exit_waits_for_no_response(tmp_path: Path) -> None:
+    """Threads that still ask servers would hold the process, and a job's nodes, until the longest response has come."""
+    program = f"""
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from megatron_distill.launch.roles import _failure_reported
+from megatron_distill.runs.run_folder import RunFolder
+ThreadPoolExecutor().submit(time.sleep, 2 * {HANG_S})
+with _failure_reported(RunFolder(Path({str(tmp_path)!r})), "trainer-0"):
+    print("saved")
+    sys.exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=HANG_S, check=False)
+    assert (done.returncode, done.stdout) == (0, b"saved\n")
+
+
+@pytest.mark.slow
 def test_what_fails_on_a_full_disk_ends_with_its_helpers(tmp_path: Path) -> None:
     """The cause cannot be left in the run folder; it is told in the log, and no process waits for one that has ended."""
     folder = RunFolder(tmp_path)
