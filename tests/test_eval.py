@@ -93,6 +93,9 @@ def test_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     bare = task(str(MODELS / "teacher"), "problems.jsonl[:3]", None, (), None, "")
     assert (bare.out, bare.dtype, bare.step) == (Path("teacher-problems.json"), "auto", 0)
+    flag = 'servers.student_args=["--quantization=fp8"]'
+    quantised = task(str(MODELS / "teacher"), "problems.jsonl[:3]", None, (flag,), None, "")
+    assert command._identity(quantised) != command._identity(bare)  # no response of one is kept for the other
     with pytest.raises(ConfigError, match="has no checkpoints"):
         task(str(MODELS / "teacher"), "problems.jsonl", None, (), 3, "")
     with pytest.raises(ConfigError, match="evaluation, data, rollouts and servers"):

@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron_distill.recipes.tiny import quickstart
 
+from megatron_distill.config import with_overrides
 from megatron_distill.errors import CheckpointError, DataError
+from megatron_distill.teacher import MakeTeacher, TeacherContext, make_sglang_hidden, make_sglang_topk
 from megatron_distill.teacher.cache import (
     HIDDEN,
     SCORES,
@@ -31,6 +34,7 @@ from megatron_distill.teacher.cache import (
     teacher_identity,
 )
 from megatron_distill.teacher.shard_store import ShardStore
+from megatron_distill.training.leader import _teacher_sampler
 from megatron_distill.types import Generation, HiddenSignal, Rollout, SamplingParams, TopKSignal
 
 TOP_K, STOPS = 8, (0, 1)
@@ -245,18 +249,71 @@ def test_writer_answers_once_for_each_prompt_sampling_and_seed(tmp_path: Path) -
 
 
 def test_identity_follows_the_weights(tmp_path: Path) -> None:
-    """Equal files elsewhere are the same teacher; one changed byte, another config or dtype is another one."""
+    """Equal files elsewhere are the same teacher; one changed byte, another config, dtype or server flag is another one."""
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "model.safetensors").write_bytes(bytes(4096))
     one, other = tmp_path / "a", tmp_path / "b"
-    assert teacher_identity(one, "bf16") == teacher_identity(other, "bf16") != teacher_identity(one, "fp32")
+    assert teacher_identity(one, "bf16", ()) == teacher_identity(other, "bf16", ()) != teacher_identity(one, "fp32", ())
+    assert teacher_identity(one, "bf16", ()) != teacher_identity(one, "bf16", ("--quantization=fp8",))
     (other / "model.safetensors").write_bytes(bytes(4095) + b"\1")
-    assert teacher_identity(one, "bf16") != teacher_identity(other, "bf16")
+    assert teacher_identity(one, "bf16", ()) != teacher_identity(other, "bf16", ())
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"teacher.path = .*safetensors"):
-        teacher_identity(tmp_path / "empty", "bf16")
+        teacher_identity(tmp_path / "empty", "bf16", ())
+
+
+class FakeClient:
+    """Servers of a teacher: scores as ``FakeTeacher``'s, of 70 ids, and hidden states; counts what it was asked."""
+
+    vocab_size = 70
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+
+    def score(self, sequences: Any, *, top_k: int, stop_token_ids: Sequence[int]) -> list[TopKSignal | None]:
+        self.num_asked += len(sequences)
+        signals = [make_scores(len(response), sum(response), top_k, len(stop_token_ids)) for _, response in sequences]
+        return [replace(signal, topk_ids=signal.topk_ids % self.vocab_size) for signal in signals]
+
+    def hidden_states(self, sequences: Any) -> list[HiddenSignal | None]:
+        self.num_asked += len(sequences)
+        return [HiddenSignal(np.zeros(1, np.float32), np.zeros((1, 2), np.uint16)) for _ in sequences]
+
+
+def scored_by_servers(make: MakeTeacher, directory: Path, vocab_size: int, *overrides: str) -> tuple[Any, int]:
+    """What a run's teacher behind a cache in ``directory`` says of one response, and how many its servers were asked for."""
+    config = with_overrides(quickstart(), [f"teacher.cache_dir={directory}", *overrides])
+    client = FakeClient()
+    teacher: Any = make(TeacherContext(config, (), vocab_size, STOPS, client))  # type: ignore[arg-type]
+    (signal,) = teacher.score([make_rollout(3)])
+    teacher.close()
+    return signal, client.num_asked
+
+
+@pytest.mark.parametrize("make", [make_sglang_topk, make_sglang_hidden])
+def test_a_teacher_that_is_served_otherwise_is_asked_anew(make: MakeTeacher, tmp_path: Path) -> None:
+    """A quantised teacher is another one than its weights in bf16, though they lie in one directory."""
+    for overrides, expected in (
+        ((), 1),
+        ((), 0),
+        (('servers.teacher_args=["--quantization=fp8"]',), 1),
+        (('servers.teacher_args=["--quantization=fp8"]',), 0),
+        ((), 0),
+    ):
+        assert scored_by_servers(make, tmp_path, 70, *overrides)[1] == expected
+
+
+def test_what_a_teacher_wrote_is_kept_by_how_it_is_served(tmp_path: Path) -> None:
+    """Its responses too: those of a quantised teacher are no data of the other."""
+    for overrides, expected in (((), 1), ((), 0), (('servers.teacher_args=["--quantization=fp8"]',), 1)):
+        own = (f"teacher.cache_dir={tmp_path}", "rollouts.student_prefix_frac=0", *overrides)
+        writer = FakeWriter()
+        sampler: Any = _teacher_sampler(with_overrides(quickstart(), own), writer)  # type: ignore[arg-type]
+        sampler.generate([[1]], sampling=SamplingParams(8), seeds=[0])
+        sampler.close()
+        assert writer.num_asked == expected
 
 
 # --- storage

@@ -113,7 +113,7 @@ def evaluate_model(
     with (
         _served(task, loaded) as client,
         contextlib.closing(load_reward(task.settings.reward, task.config.rl.reward_timeout_s)) as reward,
-        contextlib.closing(Resumable(client, task.partial, teacher_identity(task.directory, task.dtype))) as resumable,
+        contextlib.closing(Resumable(client, task.partial, _identity(task))) as resumable,
     ):
         evaluation: Evaluation = evaluate(
             loaded,
@@ -178,6 +178,11 @@ def _task(
     )
 
 
+def _identity(task: Task) -> str:
+    """Of the model under test, as it is served."""
+    return teacher_identity(task.directory, task.dtype, task.config.servers.student_args)
+
+
 @contextlib.contextmanager
 def _served(task: Task, loaded: PromptSet) -> Iterator[SGLangClient]:
     """A client of ``servers.student_replicas`` servers that hold the model, each on ``servers.student_tp`` GPUs of its own."""
@@ -239,7 +244,7 @@ class Resumable:
         Args:
             model: answers and scores.
             folder: where responses are kept.
-            identity: of the weights and their dtype.
+            identity: of the weights and how they are served.
             told: gets lines of progress.
         """
         self.vocab_size = model.vocab_size

@@ -8,7 +8,7 @@ A key is a hash of everything that the answer depends on and of nothing else:
     responses   teacher's identity, prompt ids, sampling parameters, seed
 
 No step, batch, rank or layout enters, so that a later epoch, another run, or one with other tp, pp, dp or micro-batches
-hits. ``teacher_identity`` hashes the weights themselves, since a path may come to hold others.
+hits. ``teacher_identity`` hashes the weights themselves, since a path may come to hold others, with how they are served.
 
 Everything comes back bit for bit (ids of 32 bits, log-probs of 32, hidden states as they were sent): a run with a warm
 cache equals one without, which rounded log-probs would not allow, the tail bucket least of all, being 1 minus a sum that is
@@ -50,12 +50,14 @@ COMPRESSION_LEVEL = 1
 """Of zlib. On byte planes, higher levels (and zstd) save a few per cent and cost several times the time."""
 
 
-def teacher_identity(path: Path, dtype: str) -> str:
+def teacher_identity(path: Path, dtype: str, server_args: Sequence[str]) -> str:
     """A name for what a model says: equal for equal weights wherever they lie, different for any others.
 
     Args:
         path: Hugging Face directory. All of its safetensors are read: at disk speed, files at a time.
         dtype: in which it is served; it changes the log-probs.
+        server_args: the user's own flags of its servers, in order: a quantisation changes the log-probs, and nobody knows of
+            every flag that it does not.
 
     Raises:
         CheckpointError: if there are no weights.
@@ -67,7 +69,7 @@ def teacher_identity(path: Path, dtype: str) -> str:
         )
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(_file_digest, [path / "config.json", *files]))
-    return hashlib.blake2b("\n".join([dtype, *digests]).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b("\n".join([dtype, *digests, *server_args]).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def make_sglang_hidden(context: TeacherContext) -> Teacher:
     teacher = SGLangHiddenTeacher(client)
     if not config.teacher.cache_dir:
         return teacher
-    identity = teacher_identity(Path(config.teacher.path), config.student.dtype)
+    identity = teacher_identity(Path(config.teacher.path), config.student.dtype, config.servers.teacher_args)
     return CachedTeacher(teacher, Path(config.teacher.cache_dir), HIDDEN, identity=identity)
 
 

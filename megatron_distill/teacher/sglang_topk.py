@@ -26,7 +26,7 @@ def make_sglang_topk(context: TeacherContext) -> Teacher:
         teacher,
         Path(config.teacher.cache_dir),
         SCORES,
-        identity=teacher_identity(Path(config.teacher.path), config.student.dtype),
+        identity=teacher_identity(Path(config.teacher.path), config.student.dtype, config.servers.teacher_args),
         top_k=top_k,
         stop_token_ids=list(context.stop_token_ids),
     )

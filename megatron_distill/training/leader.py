@@ -314,5 +314,5 @@ def _teacher_sampler(config: RunConfig, client: SGLangClient | None) -> Sampler 
         return None
     if not config.teacher.cache_dir:
         return client
-    identity = teacher_identity(Path(config.teacher.path), config.student.dtype)
+    identity = teacher_identity(Path(config.teacher.path), config.student.dtype, config.servers.teacher_args)
     return CachedSampler(client, Path(config.teacher.cache_dir), identity=identity)
