@@ -305,6 +305,15 @@ def test_a_teacher_that_is_served_otherwise_is_asked_anew(make: MakeTeacher, tmp
         assert scored_by_servers(make, tmp_path, 70, *overrides)[1] == expected
 
 
+def test_students_of_other_vocabularies_share_a_cache(tmp_path: Path) -> None:
+    """What is stored is what the teacher said: each student finds of it what a teacher without a cache would have told it."""
+    for vocab_size in (70, 50, 70):
+        signal, _ = scored_by_servers(make_sglang_topk, tmp_path / "shared", vocab_size)
+        alone, _ = scored_by_servers(make_sglang_topk, tmp_path / f"alone-{vocab_size}", vocab_size)
+        assert same_bits(signal, alone)
+        assert signal.topk_ids.max() < vocab_size and (signal.topk_ids == -1).any() == (vocab_size < 70)
+
+
 def test_what_a_teacher_wrote_is_kept_by_how_it_is_served(tmp_path: Path) -> None:
     """Its responses too: those of a quantised teacher are no data of the other."""
     for overrides, expected in (((), 1), ((), 0), (('servers.teacher_args=["--quantization=fp8"]',), 1)):

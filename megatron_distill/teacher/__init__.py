@@ -7,7 +7,7 @@ from megatron_distill.teacher.base import MakeTeacher, Teacher, TeacherContext
 from megatron_distill.teacher.cache import CachedSampler, CachedTeacher, teacher_identity
 from megatron_distill.teacher.privileged import PrivilegedTeacher, teacher_prompts
 from megatron_distill.teacher.sglang_hidden import SGLangHiddenTeacher, make_sglang_hidden
-from megatron_distill.teacher.sglang_topk import SGLangTopKTeacher, make_sglang_topk
+from megatron_distill.teacher.sglang_topk import SGLangTopKTeacher, WithinVocabulary, make_sglang_topk
 from megatron_distill.teacher.sglang_urls import make_sglang_urls, problems_of_urls
 
 TRANSPORTS: dict[str, MakeTeacher] = {
@@ -27,6 +27,7 @@ __all__ = [
     "SGLangTopKTeacher",
     "Teacher",
     "TeacherContext",
+    "WithinVocabulary",
     "make_sglang_hidden",
     "make_sglang_topk",
     "make_sglang_urls",

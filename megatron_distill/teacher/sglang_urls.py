@@ -12,7 +12,7 @@ from megatron_distill.errors import ConfigError
 from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.sglang.client import SGLangClient
 from megatron_distill.teacher.base import Teacher, TeacherContext
-from megatron_distill.teacher.sglang_topk import SGLangTopKTeacher
+from megatron_distill.teacher.sglang_topk import SGLangTopKTeacher, WithinVocabulary
 from megatron_distill.types import Problem, Rollout, TopKSignal
 
 
@@ -65,7 +65,7 @@ class RoutedTeacher:
         """
         self._clients, self._names = clients, names
         self._teachers = {
-            name: SGLangTopKTeacher(client, top_k=top_k, stop_token_ids=stop_token_ids, vocab_size=vocab_size)
+            name: WithinVocabulary(SGLangTopKTeacher(client, top_k=top_k, stop_token_ids=stop_token_ids), vocab_size)
             for name, client in clients.items()
         }
 

@@ -12,7 +12,7 @@ from megatron_distill.rewards.base import Answered
 from megatron_distill.rollouts.environment import Episode, Turns, join
 from megatron_distill.rollouts.source import RolloutSource, SourceContext
 from megatron_distill.rollouts.streamed import StreamedSource
-from megatron_distill.teacher import SGLangTopKTeacher, Teacher, TeacherContext
+from megatron_distill.teacher import SGLangTopKTeacher, Teacher, TeacherContext, WithinVocabulary
 from megatron_distill.training.components import ComponentLoss, LossContext, masked_sum
 from megatron_distill.types import Problem, Sample
 
@@ -44,9 +44,8 @@ def confidence(config: RunConfig) -> Confidence:
 def four_likeliest(context: TeacherContext) -> Teacher:
     """A teacher: the run's servers, asked for four tokens only."""
     assert context.client is not None
-    return SGLangTopKTeacher(
-        context.client, top_k=4, stop_token_ids=context.stop_token_ids, vocab_size=context.vocab_size
-    )
+    teacher = SGLangTopKTeacher(context.client, top_k=4, stop_token_ids=context.stop_token_ids)
+    return WithinVocabulary(teacher, context.vocab_size)
 
 
 def think_twice(problem: Problem, prompt_ids: list[int], turns: Turns, /) -> Episode:
