@@ -79,6 +79,39 @@ def test_every_format_holds_the_same_problems(tmp_path: Path) -> None:
         load_problems(str(tmp_path / "splits"))
 
 
+@pytest.mark.slow
+def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """Whatever the directory: rows of another split would train, or be measured, under its name."""
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(RECORDS)
+    table.save_to_disk(tmp_path / "alone")
+    datasets.Dataset.from_list(RECORDS, split="test").save_to_disk(tmp_path / "test_alone")
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "files").mkdir()
+    write(tmp_path / "files" / "train.jsonl", RECORDS)
+    for place, said in {
+        "alone:test": r"alone:test: a data set that was saved alone has no splits.* Drop :test",
+        "test_alone:train": r"does not say that it is train",
+        "splits:tset": r"splits:tset = no such split. Name one of: .*splits:train, .*splits:test\.",
+        "splits:main/test": r"splits:main: a saved data set has no configurations. Drop main/\.",
+        "files:tset": r"files:tset = no such split. Name one of: .*files:train\.",
+    }.items():
+        with pytest.raises(DataError, match=said):
+            load_problems(str(tmp_path / place))
+    assert load_problems(f"{tmp_path / 'test_alone'}:test") == load_problems(str(tmp_path / "alone"))
+
+
+@pytest.mark.slow
+def test_a_broken_file_of_a_directory_is_told_by_its_place(tmp_path: Path) -> None:
+    """Its files are opened one after another, while their rows are read."""
+    pytest.importorskip("datasets")
+    (tmp_path / "files").mkdir()
+    write(tmp_path / "files" / "train-0.jsonl", RECORDS)
+    write(tmp_path / "files" / "train-1.jsonl", ['{"prompt":'])
+    with pytest.raises(DataError, match=rf"files:train: cannot be read from row {len(RECORDS)} on \(.*Write its files"):
+        load_problems(str(tmp_path / "files"))
+
+
 def test_a_place_is_a_path_with_a_split_and_rows_after_it(tmp_path: Path) -> None:
     """Each part may be left out; a file that is really called so wins."""
     assert parse_place("a/b:main/test[:200]") == Place("a/b", "main", "test", 0, 200)

@@ -233,27 +233,56 @@ def _parquet(path: Path) -> Iterator[tuple[str, Record | BadRow]]:
 def _of_directory(path: Path, place: Place) -> Iterator[tuple[str, Record | BadRow]]:
     """A saved data set, memory-mapped; or a directory of data files such as the hub's, streamed."""
     import datasets
+    import pyarrow.lib
 
+    is_saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+    if is_saved and place.config:
+        raise DataError(f"{path}:{place.config}: a saved data set has no configurations. Drop {place.config}/.")
+    broken = (OSError, ValueError, RuntimeError, pyarrow.lib.ArrowException, datasets.exceptions.DatasetsError)
     try:
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        if is_saved:
             opened = datasets.load_from_disk(str(path))
         else:
             opened = datasets.load_dataset(str(path), place.config, streaming=True)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except broken as error:
         raise DataError(
-            f"{path} = not a data set ({str(error).splitlines()[0][:200]}): a directory must come from "
+            f"{path} = not a data set ({_first_line(error)}): a directory must come from "
             "datasets.Dataset.save_to_disk, or hold data files. Name one of its files, or DIRECTORY:CONFIGURATION/SPLIT."
         ) from error
-    where = str(path)
-    if isinstance(opened, datasets.DatasetDict | datasets.IterableDatasetDict):
-        splits = list(opened)
-        split = place.split or (splits[0] if len(splits) == 1 else None)
-        if split not in splits:
-            named = ", ".join(f"{path}:{f'{place.config}/' if place.config else ''}{one}" for one in splits)
-            raise DataError(f"{path} = several splits: one must be chosen. Name one of: {named}.")
-        opened, where = opened[split], f"{path}:{split}"
-    for row, record in enumerate(opened):
-        yield f"{where} row {row}", record
+    where, rows = _split_of(opened, path, place)
+    row = 0
+    try:
+        for record in rows:
+            yield f"{where} row {row}", record
+            row += 1
+    except broken as error:
+        raise DataError(
+            f"{where}: cannot be read from row {row} on ({_first_line(error)}). Write its files again."
+        ) from error
+
+
+def _split_of(opened: Any, path: Path, place: Place) -> tuple[str, Any]:
+    """The rows of the split that is named, or of the only one, and words for their place."""
+    import datasets
+
+    if not isinstance(opened, datasets.DatasetDict | datasets.IterableDatasetDict):
+        if place.split not in (None, str(opened.split)):
+            raise DataError(
+                f"{path}:{place.split}: a data set that was saved alone has no splits, and this one does not say that it is "
+                f"{place.split}. Drop :{place.split}, or name the directory of that split."
+            )
+        return str(path), opened
+    splits = list(opened)
+    split = place.split or (splits[0] if len(splits) == 1 else None)
+    if split not in splits:
+        told = f"{path}:{split} = no such split" if split else f"{path} = several splits: one must be chosen"
+        named = ", ".join(f"{path}:{f'{place.config}/' if place.config else ''}{one}" for one in splits)
+        raise DataError(f"{told}. Name one of: {named}.")
+    return f"{path}:{split}", opened[split]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def shown(value: object) -> str:
