@@ -15,12 +15,15 @@ from megatron_distill.rollouts.batches import MicroBatch
 from megatron_distill.training.chunked_head import ChunkedHead, HiddenTensors
 from megatron_distill.training.components import (
     Component,
+    ComponentLoss,
     Distill,
     LogitTensors,
+    LossContext,
     PolicyGradient,
     Sft,
     Shards,
     StepPlan,
+    masked_sum,
 )
 from megatron_distill.training.objective import LossReport, Objective
 from tests.support.dense import kl
@@ -139,6 +142,29 @@ def test_the_cut_changes_neither_loss_nor_metric_nor_gradient(name: str, chunk_t
     for ours, theirs in zip(gradients, exact, strict=True):
         assert theirs.abs().max() > 0
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+class Seldom(Sft):
+    """Tells a metric of the places of one token, and nothing where there are none."""
+
+    def __init__(self, token_id: int) -> None:
+        super().__init__(SftConfig(weight=0.5))
+        self._token_id = token_id
+
+    def loss(self, context: LossContext) -> ComponentLoss:
+        part, chosen_T = super().loss(context), context.batch.target_ids_T == self._token_id
+        own = {"seldom": masked_sum(context.student.logprobs, chosen_T)} if chosen_T.any() else {}
+        return replace(part, sums=part.sums | own)
+
+
+def test_a_metric_that_some_chunks_do_not_tell_is_summed_over_the_others() -> None:
+    """What the last chunk has no token of is still counted where it was."""
+    ids = micro_batch(in_trainer=True).target_ids_T.tolist()
+    only_early = next(token_id for token_id in ids if token_id not in ids[-CHUNKS[0] :])
+    case = Case({}, beside=(Seldom(only_early),))
+    (sums, _), (whole, _) = by_chunks(case, CHUNKS[0]), over_whole_logits(case)
+    assert whole["seldom"][1] == ids.count(only_early)
+    torch.testing.assert_close(sums["seldom"], whole["seldom"], rtol=1e-9, atol=0.0)
 
 
 def test_the_mixed_kl_and_its_gradient_are_the_textbooks() -> None:

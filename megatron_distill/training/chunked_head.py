@@ -87,7 +87,7 @@ class ChunkedHead:
         for rows in self._chunks(num_tokens, student.head_VH):
             report = self._chunk(rows, student, batch, plan, teacher, reference, gradients)
             losses.append(report.loss)
-            sums = {name: sums[name] + pair if name in sums else pair for name, pair in report.sums.items()}
+            sums |= {name: sums[name] + pair if name in sums else pair for name, pair in report.sums.items()}
         loss = torch.stack(losses).sum()
         if gradients is not None:
             known = (gradients.hidden_TH, gradients.head_VH, student.take_head_grad)
