@@ -13,16 +13,22 @@ from megatron_distill.types import Sample
 MOST_TOKENS = 1000  # of a response: what a person looks at, and what keeps the file small
 
 
-def by_token(sample: Sample, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+def by_token(sample: Sample, decode: Callable[[Sequence[int]], str], sampling_temperature: float) -> dict[str, Any]:
     """``pieces`` of the response's text, and ``gap_nats`` of each: log q(token) - log p(token), sampler against teacher.
 
     Its mean over tokens that the student drew estimates the reverse KL. Tokens that only together make a character are one
     piece, with the sum of their gaps; beyond ``MOST_TOKENS`` the rest is left out.
 
+    Args:
+        sample: a rollout with what the teacher said.
+        decode: ids to text.
+        sampling_temperature: at which the sampler's log-probs were taken; the teacher's are at 1.
+
     Returns:
-        Nothing where either side's log-probs are unknown: data's responses, a missing score, a teacher inside the trainer.
+        Nothing where either side's log-probs at temperature 1 are unknown: another sampling temperature, data's responses, a
+        missing score, a teacher inside the trainer.
     """
-    if sample.signal is None or not np.isfinite(sample.rollout.sampler_logprobs).all():
+    if sampling_temperature != 1 or sample.signal is None or not np.isfinite(sample.rollout.sampler_logprobs).all():
         return {}
     gaps = sample.rollout.sampler_logprobs - sample.signal.token_logprobs
     pieces: list[str] = []

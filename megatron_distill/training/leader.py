@@ -235,7 +235,7 @@ class Leader:
             facts["version_spans"] = rollout.version_spans
         if sample.reward_parts:
             reward["reward_parts"] = dict(sample.reward_parts)
-        return facts | reward | by_token(sample, decode)
+        return facts | reward | by_token(sample, decode, self._config.rollouts.temperature)
 
     def close(self) -> None:
         """End the judges, the threads and the connections."""
