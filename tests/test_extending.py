@@ -14,6 +14,7 @@ import torch
 from megatron_distill import recipes
 from megatron_distill.config import RunConfig, from_dict, to_dict, with_overrides
 from megatron_distill.config.loading import load_recipe
+from megatron_distill.errors import ConfigError
 from megatron_distill.evaluate.sets import load_sets
 from megatron_distill.models.vocabulary import load_vocabulary
 from megatron_distill.rollouts.source import Collected, Share
@@ -21,7 +22,7 @@ from megatron_distill.runs.follower import Following
 from megatron_distill.runs.run_folder import RunFolder, append
 from megatron_distill.runs.trackers import load_tracker
 from megatron_distill.training.components import LossContext, Shards, StepPlan, load_components
-from megatron_distill.training.leader import Endpoints, Leader
+from megatron_distill.training.leader import Endpoints, Leader, check_functions
 from tests.support.fake_sglang import fake, good
 from tests.support.samples import make_samples
 
@@ -153,6 +154,15 @@ def test_an_evaluation_set_stands_beside_the_held_out_one(here: Path) -> None:
     """It has settings of its own."""
     sets = load_sets(named('evaluation.sets=["my_sets.py:first_twenty"]'))
     assert [(one.name, one.settings.samples_per_problem) for one in sets] == [("heldout", 4), ("first_twenty", 8)]
+
+
+def test_a_sets_own_reward_is_looked_up_before_anything_starts(here: Path) -> None:
+    """A misspelt one would be told by the leaders, after the servers' start."""
+    code = (here / "my_sets.py").read_text()
+    (here / "misspelt_sets.py").write_text(code.replace("samples_per_problem=8", "reward='mats'"))
+    check_functions(named('evaluation.sets=["my_sets.py:first_twenty"]'))
+    with pytest.raises(ConfigError, match="reward = 'mats'"):
+        check_functions(named('evaluation.sets=["misspelt_sets.py:first_twenty"]'))
 
 
 def test_a_component_is_a_sum_and_a_count(here: Path) -> None:

@@ -274,10 +274,11 @@ def check_functions(config: RunConfig) -> None:
     """
     _environment(config)
     _make_source(config)
-    load_reward(config.evaluation.reward, config.rl.reward_timeout_s).close()
+    rewards = [one.settings.reward for one in load_sets(config)]
     if config.rl.weight:
-        for name, _ in weights_of(config.rl).values():
-            load_reward(name, config.rl.reward_timeout_s).close()
+        rewards += [name for name, _ in weights_of(config.rl).values()]
+    for name in dict.fromkeys(rewards):
+        load_reward(name, config.rl.reward_timeout_s).close()
     if config.distill.weight and not config.teacher.in_trainer:
         _make_teacher(config)
     load_components(config)
