@@ -94,6 +94,7 @@ def prepare_step(group: Any) -> tuple[float, dict[str, float], list[torch.Tensor
         reverse_kl_weight=lambda step: 0.2,
         scored_in_trainer=False,
         asks_teacher=True,
+        rollouts_per_prompt=2,
         packing=Packing(micro_batch_rollouts=2, pad_multiple=8, needs_mask=True, device=torch.device("cpu")),
         num_chunks=2,
     )

@@ -17,6 +17,7 @@ from megatron_distill.config.schedules import constant
 from megatron_distill.errors import DataError, RewardError, TeacherError
 from megatron_distill.evaluate.accuracy import answer_given, bootstrap_mean, entropy_nats, evaluate, maj_at_k, pass_at_k
 from megatron_distill.rewards import Answered, BoundedReward, Reward, WeightedReward, load_reward
+from megatron_distill.rollouts.advantages import with_advantages
 from megatron_distill.rollouts.environment import Environment, Episode, Turns, join, single_turn
 from megatron_distill.rollouts.order import problem_at, sampling_seed, student_writes
 from megatron_distill.rollouts.prompts import PromptSet
@@ -165,11 +166,21 @@ def test_what_each_reward_gave_stands_in_the_samples_and_the_metrics(tmp_path: P
     assert [one.reward_parts for one in SampleStore(tmp_path).load(0, Share(0, 1)) or ()] == [
         one.reward_parts for one in samples
     ]
-    sums = rollout_sums(samples, 0, teacher_scores=False)
+    sums = rollout_sums(samples, 0, teacher_scores=False, rollouts_per_prompt=2)
     assert sums["reward.length"][0] == pytest.approx(sum(one.reward_parts["length"] for one in samples))
     record = {"step": 1.0, "reward": 0.5, "reward.length": 0.01}
     check_declared(record)
     assert tracked_step(record) == {"rollouts/reward": 0.5, "reward/length": 0.01}
+
+
+def test_a_prompt_that_comes_twice_in_a_step_is_two_groups() -> None:
+    """Without signal is what has no advantage: a group of its own each time, though the problem is the same."""
+    samples = take(Share(0, 1))
+    samples = [replace(one, rollout=replace(one.rollout, prompt_index=3)) for one in samples]
+    judged = with_advantages(samples, [0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.1 + 0.2, 0.3], 2, RlConfig(weight=1.0))
+    assert [one.advantage == 0 for one in judged] == [True, True, True, True, False, False, True, True]
+    assert rollout_sums(judged, 0, teacher_scores=False, rollouts_per_prompt=2)["zero_signal_frac"] == (3.0, 4.0)
+    assert rollout_sums(samples, 0, teacher_scores=False, rollouts_per_prompt=2)["zero_signal_frac"] == (0.0, 0.0)
 
 
 def test_others_write_the_same_at_every_visit() -> None:
@@ -227,7 +238,7 @@ def test_missing_scores_stay_missing_and_are_bounded() -> None:
     """A teacher that answered nothing gives None, not zeros; too many of those are an error that names the limit."""
     samples = take(Share(0, 1), teacher=PatchyTeacher(2), max_missing_frac=0.25)
     assert sum(s.signal is None for s in samples) == 2
-    sums = rollout_sums(samples, step=4, teacher_scores=True)
+    sums = rollout_sums(samples, step=4, teacher_scores=True, rollouts_per_prompt=2)
     assert sums["missing_teacher_frac"] == (2.0, 8.0)
     assert sums["staleness_steps"] == (8.0, 8.0)
     with pytest.raises(TeacherError, match=r"3/8.*max_missing_frac = 0.25"):
@@ -303,7 +314,7 @@ def test_in_flight_every_response_says_which_weights_drew_which_tokens() -> None
         steps = list(threads.map(lambda step: made.take(step, Share(0, 1), 8).samples, (6, 7, 8)))
     assert set(student.asked_for) == {SinceVersion(4), SinceVersion(5), SinceVersion(6)}
     for step, samples in zip((6, 7, 8), steps, strict=True):
-        assert rollout_sums(samples, step, False)["staleness_steps"] == (8.0 * (step - 5), 8.0)
+        assert rollout_sums(samples, step, False, 2)["staleness_steps"] == (8.0 * (step - 5), 8.0)
         for sample in samples:
             rollout = sample.rollout
             assert (rollout.oldest_version, rollout.newest_version) == (5, 6)

@@ -209,6 +209,7 @@ class _Live:
             reverse_kl_weight=config.distill.reverse_kl_weight.at,
             scored_in_trainer=in_trainer,
             asks_teacher=config.distill.weight > 0 and not in_trainer,
+            rollouts_per_prompt=config.rollouts.rollouts_per_prompt,
             packing=Packing(
                 micro_batch_rollouts=None if config.micro_batch_tokens else config.micro_batch_rollouts,
                 micro_batch_tokens=config.micro_batch_tokens,

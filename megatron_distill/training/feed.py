@@ -102,6 +102,7 @@ class StepFeed:
         reverse_kl_weight: Callable[[int], float],
         scored_in_trainer: bool,
         asks_teacher: bool,
+        rollouts_per_prompt: int,
         packing: Packing,
         num_chunks: int = 1,
         show: Callable[[Sequence[MicroBatch]], object] | None = None,
@@ -115,6 +116,7 @@ class StepFeed:
             reverse_kl_weight: step -> w in [0, 1].
             scored_in_trainer: the teacher scores every token in the forward step.
             asks_teacher: samples come with scores, some of which may be missing.
+            rollouts_per_prompt: that ``take`` brings.
             packing: of samples into micro-batches.
             num_chunks: of the model on this rank, in an interleaved pipeline.
             show: shown this rank's micro-batches on all ranks at once: what must pass through a pipeline before the student's.
@@ -122,6 +124,7 @@ class StepFeed:
         self._ranks, self._take, self._components, self._packing = ranks, take, components, packing
         self._reverse_kl_weight = reverse_kl_weight
         self._scored_in_trainer, self._asks_teacher = scored_in_trainer, asks_teacher
+        self._rollouts_per_prompt = rollouts_per_prompt
         self._show = show
         self._queues: list[deque[StepBatch]] = [deque() for _ in range(num_chunks)]
         self.num_micro_batches = 0
@@ -163,7 +166,7 @@ class StepFeed:
         counts[_SCORED] = float(sum(scored_tokens(samples, self._scored_in_trainer)))
         if collected.num_dropped is not None:
             counts[_DROPPED] = float(collected.num_dropped)
-        sums = rollout_sums(samples, step, self._asks_teacher)
+        sums = rollout_sums(samples, step, self._asks_teacher, self._rollouts_per_prompt)
         return _Drawn(counts, sums, [num_tokens(sample) for sample in samples], collected.seconds)
 
     def _micro_batches(self, step: int, everyone: Sequence[_Drawn], brought: Sequence[Sample]) -> list[MicroBatch]:
