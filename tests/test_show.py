@@ -104,3 +104,21 @@ def test_data_without_solutions_is_shown_too(
     bare = load_prompt_set(str(path), config.data, vocabulary.tokenizer)
     shown = show_problems(with_overrides(config, [f"data.train_path={path}"]), bare, vocabulary, 3, PLAIN)
     assert "no solution in column 'solution'" in shown
+
+
+def test_a_place_counts_tokens_and_a_problem_its_step(
+    config: RunConfig, train: PromptSet, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    """A character of several tokens is one line, and the next line's place is after all of them; beyond a step's prompts comes
+    the next step."""
+    path = tmp_path / "bare.jsonl"
+    path.write_text('{"prompt": "1+1\\u20ac?", "answer": "2"}\n')
+    bare = load_prompt_set(str(path), config.data, vocabulary.tokenizer)
+    text = show_problems(config, bare, vocabulary, 1, Style(colour=False, one_a_line=True, width=100))
+    rows = re.findall(r"^ +(\d+) +(\d+(?: \d+)*)  -", text, re.MULTILINE)
+    ids = [ids.split() for _, ids in rows]
+    assert max(map(len, ids)) == 3
+    assert [int(place) for place, _ in rows] == [sum(map(len, ids[:number])) for number in range(len(ids))]
+    few = with_overrides(config, ["rollouts.prompts_per_step=2", "micro_batch_rollouts=2"])
+    heads = re.findall(r"problem (\d+) of step (\d+)", show_problems(few, train, vocabulary, 3, PLAIN))
+    assert heads == [("1", "1"), ("2", "1"), ("1", "2")]

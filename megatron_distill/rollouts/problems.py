@@ -75,7 +75,7 @@ def source_of(data: DataConfig, path: str, own: SourceConfig | None = None) -> S
 
 
 def read_problems(source: Source, on_bad_rows: OnBadRows, tally: Tally) -> Iterator[Problem]:
-    """The problems of a source, in its order. Ids may repeat; see ``make_distinct``.
+    """The problems of a source, in its order. Ids may repeat; see ``DistinctIds``.
 
     Args:
         source: place, columns, and what is added.

@@ -85,7 +85,9 @@ def _what_it_says(config: RunConfig) -> str:
 
 def _problem(config: RunConfig, train: PromptSet, vocabulary: Vocabulary, index: int, place: int, style: Style) -> str:
     problem, prompt = train.problems[index], train.prompts[index]
-    lines = [_bold(f"--- problem {place + 1} of step 1: id {problem.id!r}, answer {problem.answer!r}", style)]
+    step, place_in_step = divmod(place, config.rollouts.prompts_per_step)
+    head = f"--- problem {place_in_step + 1} of step {step + 1}: id {problem.id!r}, answer {problem.answer!r}"
+    lines = [_bold(head, style)]
     teachers = teacher_prompts(config, [problem], vocabulary.tokenizer) if config.needs_teacher else None
     lines.append(f"the student sees {_count(prompt)}{'; the teacher sees the same' if teachers is None else ''}:")
     lines += _tokens(prompt, [False] * len(prompt), vocabulary, style)
@@ -135,21 +137,23 @@ def _as_rollout(index: int, prompt: Sequence[int], solution: Sequence[int], hori
 def _tokens(ids: Sequence[int], learnt: Sequence[bool], vocabulary: Vocabulary, style: Style) -> list[str]:
     """Lines that show every token, and which of them are learnt."""
     special = set(vocabulary.tokenizer.all_special_ids)
-    cells: list[tuple[str, bool, bool, str]] = []  # text, learnt, special, ids
+    cells: list[tuple[str, bool, bool]] = []  # text, learnt, special
+    places: list[tuple[int, str]] = []  # of a cell's first token; the cell's ids
     start = 0
     for text, count in whole_characters(ids, vocabulary.tokenizer.decode):
         these = ids[start : start + count]
-        cells.append((_visible(text), learnt[start], these[0] in special, " ".join(map(str, these))))
+        cells.append((_visible(text), learnt[start], these[0] in special))
+        places.append((start, " ".join(map(str, these))))
         start += count
     if style.one_a_line:
         rows = [
-            f"  {place:>5}  {token_id:>7}  {'learnt' if learns else '-':<6}  {_cell(text, learns, is_special, place, style)}"
-            for place, (text, learns, is_special, token_id) in enumerate(cells)
+            f"  {place:>5}  {token_id:>7}  {'learnt' if learns else '-':<6}  {_cell(text, learns, is_special, number, style)}"
+            for number, ((place, token_id), (text, learns, is_special)) in enumerate(zip(places, cells, strict=True))
         ]
         return [f"  {'place':>5}  {'id':>7}  {'loss':<6}  token", *rows]
     lines = []
     for is_learnt, group in itertools.groupby(cells, key=lambda cell: cell[1]):
-        lines += _flow([cell[:3] for cell in group], is_learnt, style)
+        lines += _flow(list(group), is_learnt, style)
     return lines
 
 
@@ -157,24 +161,24 @@ def _flow(cells: Sequence[tuple[str, bool, bool]], is_learnt: bool, style: Style
     """Tokens side by side; a line ends where the text's does, or at the edge."""
     head = f"  {'learnt' if is_learnt else 'context':<8}"
     lines, used = [head], len(head)
-    for place, (text, _, is_special) in enumerate(cells):
-        shown = _cell(text, is_learnt, is_special, place, style)
+    for number, (text, _, is_special) in enumerate(cells):
+        shown = _cell(text, is_learnt, is_special, number, style)
         size = len(text) + (not style.colour)
         if used + size > style.width and used > len(head):
             lines.append(" " * len(head))
             used = len(head)
         lines[-1] += shown + ("" if style.colour else "|")
         used += size
-        if text.endswith("\\n") and place < len(cells) - 1:
+        if text.endswith("\\n") and number < len(cells) - 1:
             lines.append(" " * len(head))
             used = len(head)
     return lines
 
 
-def _cell(text: str, is_learnt: bool, is_special: bool, place: int, style: Style) -> str:
+def _cell(text: str, is_learnt: bool, is_special: bool, number: int, style: Style) -> str:
     if not style.colour:
         return text
-    return f"{_SHADES[is_learnt][place % 2]}{_SPECIAL if is_special else ''}{text}{_END}"
+    return f"{_SHADES[is_learnt][number % 2]}{_SPECIAL if is_special else ''}{text}{_END}"
 
 
 def _visible(text: str) -> str:
