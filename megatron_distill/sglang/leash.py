@@ -44,8 +44,12 @@ def require_key(key: str) -> None:
 
     def without_key(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
-        if key in record.getMessage():
-            record.msg, record.args = record.getMessage().replace(key, "***"), None
+        try:
+            message = record.getMessage()
+        except Exception:  # arguments that do not fit the text: logging reports that, and the caller goes on
+            return record
+        if key in message:
+            record.msg, record.args = message.replace(key, "***"), None
         return record
 
     logging.setLogRecordFactory(without_key)
