@@ -206,10 +206,12 @@ class ReplicaPool:
             began = time.monotonic()
             replica = self._acquire(cancelled, weight_version, stale)
             deadline += time.monotonic() - began
+            is_sent = False
             try:
                 if not self._serves(replica, weight_version):
                     stale.add(replica)
                     continue  # to another one, or to the error that says that there is none
+                is_sent = True
                 answer = read(json.loads(replica.call("POST", "/generate", body, timeout_s)))
                 with self._lock:
                     self._num_resets.pop(digest, None)
@@ -226,7 +228,7 @@ class ReplicaPool:
                 problem = f"connection reset ({error})"
                 self.count("resets")
                 with self._lock:
-                    self._num_resets[digest] += 1
+                    self._num_resets[digest] += is_sent  # not if the question for the version met the reset
             except (_Busy, NotAnAnswer) as error:
                 problem = str(error)
                 replica.version = None  # it may have been started again

@@ -123,6 +123,15 @@ def test_request_that_kills_servers_is_quarantined() -> None:
         assert other.response_ids == [7, 7, 7]
 
 
+def test_a_request_that_was_not_sent_kills_no_server() -> None:
+    """What breaks is the question which weights a server holds, as while it starts again: the request is innocent."""
+    with fake(good) as server, client_of(server) as client:
+        server.num_info_resets = 4
+        (generation,) = client.generate([[5, 6]], sampling=SAMPLING, seeds=[0], weight_version="0")
+        assert generation.response_ids == [7, 7, 7]
+        assert server.num_requests == 1 and client.counters == {"resets": 4}
+
+
 def set_in_meta(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda reply: reply["meta_info"].update(values)
 

@@ -25,7 +25,11 @@ class Handler(BaseHTTPRequestHandler):
         self.server.next_step()(self, body)
 
     def do_GET(self) -> None:
-        self.reply(200, self.server.info)
+        if self.server.num_info_resets:
+            self.server.num_info_resets -= 1
+            reset(self, {})
+        else:
+            self.reply(200, self.server.info)
 
     def reply(self, status: int, body: Json) -> None:
         data = json.dumps(body).encode()
@@ -50,6 +54,7 @@ class FakeSGLang(ThreadingHTTPServer):
         self.script = list(script)
         self.num_requests = 0
         self.info: Json = {"weight_version": "0"}  # what /server_info and /model_info answer
+        self.num_info_resets = 0  # how many of those break first
         self.ended = threading.Event()
         self._lock = threading.Lock()
 
