@@ -164,6 +164,10 @@ def flag_problems(arguments: Sequence[str]) -> list[str]:
     return not_parsed(parser, arguments, SGLANG, "SGLang")
 
 
+class SlowStartError(ServerError):
+    """A server was alive, and did not answer in the time it was given."""
+
+
 class SGLangServer:
     """One server process: start, wait until it answers, stop."""
 
@@ -240,7 +244,8 @@ class SGLangServer:
             stopping: ends the wait when it is set.
 
         Raises:
-            ServerError: the process ended or did not answer in time. The message ends with the first cause in its log.
+            ServerError: the process ended, or (``SlowStartError``) did not answer in time. The message ends with the first
+                cause in its log.
         """
         started = time.monotonic()
         next_report = started + _PROGRESS_EVERY_S
@@ -250,11 +255,10 @@ class SGLangServer:
             now = time.monotonic()
             if not self.is_alive():
                 code = self._process.returncode if self._process else None
-                raise self._start_failure(f"ended while starting (exit code {code})")
+                raise ServerError(self._start_failure(f"ended while starting (exit code {code})"))
             if now - started > timeout_s:
-                raise self._start_failure(
-                    f"did not answer within {timeout_s:.0f} s. Give it longer if its log still moves"
-                )
+                told = f"did not answer within {timeout_s:.0f} s. Give it longer if its log still moves"
+                raise SlowStartError(self._start_failure(told))
             if progress and now >= next_report:
                 next_report = now + _PROGRESS_EVERY_S
                 progress(f"{self.name}: starting, {now - started:.0f} s of at most {timeout_s:.0f} s")
@@ -300,9 +304,10 @@ class SGLangServer:
     ) -> None:
         self.stop()
 
-    def _start_failure(self, what: str) -> ServerError:
+    def _start_failure(self, what: str) -> str:
+        """End it; the message."""
         self._kill_group()
-        return ServerError(f"{self.name} = {self.spec.model_dir}: {what}. Log: {self.log_file}\n{self.log_tail()}")
+        return f"{self.name} = {self.spec.model_dir}: {what}. Log: {self.log_file}\n{self.log_tail()}"
 
     def _kill_group(self) -> None:
         if self._process is None or self._log is None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import urllib3
 
 from megatron_distill.errors import ServerError
-from megatron_distill.sglang.server import SGLangServer
+from megatron_distill.sglang.server import SGLangServer, SlowStartError
 from megatron_distill.sglang.server_log import first_cause, last_start, log_tail
 
 _POLL_S = 0.5
@@ -81,10 +81,12 @@ class Supervisor:
         """Watch one server to its end; why it was lost, or None if it was told to stop."""
         try:
             server.wait_ready(self._limits.startup_timeout_s, stopping=stopping)
-        except ServerError:
+        except ServerError as error:
             if not self._losses:
                 raise  # it never served: its cause would meet the next one as well
-            return f"did not start again: {cause_of(server)}"
+            # A slow one was killed for that: its exit code tells nothing.
+            slow = f"no answer within servers.startup_timeout_s = {self._limits.startup_timeout_s:g} s"
+            return f"did not start again: {slow if isinstance(error, SlowStartError) else cause_of(server)}"
         if stopping.is_set():
             return None
         self._say("ready")

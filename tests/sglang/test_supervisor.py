@@ -61,6 +61,10 @@ class Watched:
         assert group is not None, self.failure
         return group
 
+    def limit_start(self, timeout_s: float) -> None:
+        """From the next start on."""
+        self._supervisor._limits = replace(LIMITS, startup_timeout_s=timeout_s)
+
     def end(self) -> None:
         self.stopping.set()
         self._thread.join()
@@ -136,6 +140,19 @@ def test_a_restart_that_fails_counts_as_a_loss(tmp_path: Path) -> None:
         in watched.said
     )
     watched.end()
+
+
+def test_a_restart_that_takes_too_long_is_told_by_the_limit(tmp_path: Path) -> None:
+    """Not by the signal that the supervisor itself ended it with."""
+    watched = Watched(tmp_path / "log", LIMITS, ["healthy", "silent"])
+    group = watched.wait_ready(1)
+    watched.limit_start(0.2)
+    os.killpg(group, signal.SIGKILL)
+    wait_until(lambda: len(watched.said) >= 4, "the loss")
+    watched.end()
+    assert watched.said[3].startswith(
+        "did not start again: no answer within servers.startup_timeout_s = 0.2 s: started"
+    )
 
 
 def test_the_role_of_a_server_announces_it_keeps_it_alive_and_ends_with_it(tmp_path: Path) -> None:
