@@ -86,6 +86,31 @@ def test_a_failed_stage_is_where_the_same_command_goes_on(tmp_path: Path) -> Non
     assert failing == ["distil"] and whole == ["rl"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_finished_stage_of_another_config_is_refused(number: int, tmp_path: Path) -> None:
+    """Nothing is started, nor judged by another config's numbers, whichever stage it is; a longer patience changes nothing."""
+    made = MadeUpStages(distil=(0.3, 0.5), rl=(0.5, 0.6))
+    run_pipeline(two_stages(), tmp_path, made)
+    made.clear()
+    (tmp_path / ("rl", "distil")[number] / "finished.json").unlink()
+
+    def changed(override: str) -> Pipeline:
+        stages = list(two_stages().stages)
+        config = config_module.with_overrides(stages[number].config, [override])
+        stages[number] = replace(stages[number], config=config)
+        return Pipeline("p", tuple(stages))
+
+    for start in (
+        lambda pipeline: run_pipeline(pipeline, tmp_path, made),
+        lambda pipeline: dry_run(pipeline, tmp_path),
+    ):
+        with pytest.raises(DistillError, match=r"finished with another config \(optimizer.lr differ\).* --dir"):
+            start(changed("optimizer.lr=3e-5"))
+    assert made == []
+    assert "nothing: it has finished" in dry_run(changed("servers.request_timeout_s=999"), tmp_path)
+
+
 def test_an_unsound_late_stage_is_told_before_the_first_one_starts(tmp_path: Path) -> None:
     """What a stage would trip over in hours is checked now."""
     bad = replace(tiny.quickstart(), data=replace(tiny.quickstart().data, heldout_path="nowhere.jsonl"))

@@ -3,8 +3,8 @@
     stage 1 (a run) ── hf/ ──> gate ──> stage 2 (a run on that model) ── hf/ ──> gate ──> ...  ──> compare.html
 
 Every stage is a run of its own, on this machine or as a Slurm job. It is a NeMo-Run experiment of its own too, since
-NeMo-Run 0.11 runs later local stages although an earlier one failed, and exits 0. A finished stage is not repeated; a failed
-one is resumed by the same command.
+NeMo-Run 0.11 runs later local stages although an earlier one failed, and exits 0. A finished stage is not repeated, nor taken
+for one of another config; a failed one is resumed by the same command.
 """
 
 import sys
@@ -17,6 +17,7 @@ from megatron_distill import config as config_module
 from megatron_distill.config import RunConfig
 from megatron_distill.errors import ConfigError, DistillError
 from megatron_distill.launch.launch import Train
+from megatron_distill.launch.resume import refused_changes
 from megatron_distill.models import hub
 from megatron_distill.runs.run_folder import HELDOUT, RunFolder
 from megatron_distill.runs.summary import closing_table
@@ -120,20 +121,15 @@ def run_pipeline(pipeline: Pipeline, folder: Path, train: Train) -> str:
 
     Raises:
         ConfigError: a stage is unsound, however late it comes; nothing was started.
-        DistillError: a stage failed or its gate did; later stages were not started.
+        DistillError: a stage finished before with another config, and nothing was started; or a stage failed or its gate
+            did, and later stages were not started.
     """
     from megatron_distill.pages.compare import compare_runs  # which draws, and recipes import this module
 
-    pipeline = _sound(pipeline)
-    model: str | None = None
+    runs = _planned(_sound(pipeline), folder)
     tables = []
-    runs = [RunFolder(folder / stage.name) for stage in pipeline.stages]
-    for number, (stage, run) in enumerate(zip(pipeline.stages, runs, strict=True), 1):
+    for number, (stage, config, run) in enumerate(runs, 1):
         print(f"stage {number}/{len(runs)}: {stage.name}", flush=True)
-        config = replace(stage.config, name=f"{pipeline.name}/{stage.name}")
-        if model is not None:
-            config = replace(config, student=replace(config.student, path=model))
-        config = config_module.from_dict(config_module.to_dict(config))
         if run.has_finished(config.num_steps):
             print(f"  finished before: {run.root}", flush=True)
         else:
@@ -143,11 +139,10 @@ def run_pipeline(pipeline: Pipeline, folder: Path, train: Train) -> str:
         reason = stage.gate({name: run.evaluations(name) for name in run.evaluated_sets()})
         if reason is not None:
             raise DistillError(f"pipeline stage {stage.name!r} = gate failed: {reason}. Report: {run.report}")
-        model = str(run.hf)
-    told = "\n\n" + "\n\n".join(tables) + f"\n\n  runs:  {folder}\n  model: {model}"
+    told = "\n\n" + "\n\n".join(tables) + f"\n\n  runs:  {folder}\n  model: {runs[-1][2].hf}"
     if len(runs) > 1:
         page = folder / "compare.html"
-        compare_runs(runs, page)
+        compare_runs([run for _, _, run in runs], page)
         told += f"\n  page:  {page}"
     return told
 
@@ -160,17 +155,44 @@ def dry_run(pipeline: Pipeline, folder: Path) -> str:
 
     Raises:
         ConfigError: a stage is unsound.
+        DistillError: a stage finished before with another config.
     """
     lines = [f"{pipeline.name}: sound. It would run, in {folder}:"]
-    source = ""
-    for stage in _sound(pipeline).stages:
-        run, config = RunFolder(folder / stage.name), stage.config
+    for stage, config, run in _planned(_sound(pipeline), folder):
         todo = f"steps {run.latest_checkpoint_step() + 1} to {config.num_steps}"
         if run.has_finished(config.num_steps):
             todo = "nothing: it has finished"
-        lines.append(f"  {stage.name:<12} {todo}, from {source or config.student.path}")
-        source = str(run.hf)
+        lines.append(f"  {stage.name:<12} {todo}, from {config.student.path}")
     return "\n".join(lines)
+
+
+def _planned(pipeline: Pipeline, folder: Path) -> list[tuple[Stage, RunConfig, RunFolder]]:
+    """Each stage with its run's config, on the model that the stage before it leaves, and its run folder.
+
+    Raises:
+        ConfigError: a run's config is unsound.
+        DistillError: a stage finished before with another config.
+    """
+    planned: list[tuple[Stage, RunConfig, RunFolder]] = []
+    for stage in pipeline.stages:
+        run = RunFolder(folder / stage.name)
+        config = replace(stage.config, name=f"{pipeline.name}/{stage.name}")
+        if planned:
+            config = replace(config, student=replace(config.student, path=str(planned[-1][2].hf)))
+        config = config_module.from_dict(config_module.to_dict(config))
+        if run.has_finished(config.num_steps):
+            _check_same_config(stage, config, run)
+        planned.append((stage, config, run))
+    return planned
+
+
+def _check_same_config(stage: Stage, config: RunConfig, run: RunFolder) -> None:
+    if changed := refused_changes(config_module.load(run.config), config):
+        raise DistillError(
+            f"pipeline stage {stage.name!r} = {run.root}: finished with another config ({', '.join(changed)} differ), and its "
+            "gate would judge what that one measured. Choose another --dir, or delete the folder, and those of the stages "
+            "after it, to repeat them."
+        )
 
 
 def _sound(pipeline: Pipeline) -> Pipeline:
