@@ -38,6 +38,7 @@ from megatron_distill.study.results import (
 from megatron_distill.study.run import planned, run_study
 from tests.support.made_up import leave_finished_run
 
+STUDIES = Path(__file__).parents[1] / "docs" / "study"
 NUM_STEPS = 6
 EVERY_STEPS = 3
 
@@ -431,6 +432,33 @@ def test_costs_add_up_over_the_steps(runs: MadeUpRuns, tmp_path: Path) -> None:
     assert on_policy["reuse_seconds"] == 18 and on_policy["student_tokens"] == 6 * 64 * 60
 
 
+@pytest.mark.parametrize(
+    ("source", "teacher", "sampled"), [("teacher", 300 * 4814, 300 * 6419), ("data", 0, 300 * 1605)]
+)
+def test_counts_are_kept_whole_and_the_datas_tokens_are_nobodys(
+    source: str, teacher: int, sampled: int, tmp_path: Path
+) -> None:
+    """Steps and tokens keep all their digits; a mixed step's tokens are split by share of responses, and add up."""
+    overrides = [
+        f"rollouts.off_policy_source={source}",
+        "rollouts.student_prefix_frac=0.25",
+        *("num_steps=12345", "rollouts.prompts_per_step=8", "rollouts.rollouts_per_prompt=8"),
+    ]
+    config = config_module.with_overrides(arm("low", 0.0).config, overrides)
+    evaluated = {step: {"avg_at_k": 0.54321, "pass_at_k": 0.6} for step in (0, 12345)}
+    steps = [
+        {"step": float(step), "response_tokens": 6419 / 64, "student_prefix_frac": 0.25, "step_s": 1.0}
+        for step in range(12046, 12346)
+    ]
+    folder = RunFolder(tmp_path / "run")
+    leave_finished_run(config, folder, evaluated, steps)
+    result = read_result("low", 1, folder)
+    end = result.evaluations[-1]
+    assert (end["step"], end["student_tokens"]) == (12345, 300 * 1605)
+    assert (end["teacher_tokens"], end["sampled_tokens"]) == (teacher, sampled)
+    assert end["avg_at_k"] == 0.5432 and result.curves["step"][-1] == np.mean(range(12339, 12346))
+
+
 @pytest.mark.slow
 def test_what_a_run_went_through_is_kept_beside_where_it_ended(tmp_path: Path) -> None:
     """Longest responses, lowest entropy and mean accuracy of the evaluations so far, the one before training left out."""
@@ -528,6 +556,15 @@ def test_pages_of_every_study_can_be_made(name: str, tmp_path: Path) -> None:
     study_module._publish(study, finished, tmp_path / "results")
     drawn = {path.stem for path in (tmp_path / "results" / "figures").iterdir()}
     assert drawn == {figure.name for question in study.questions for figure in question.figures}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", sorted(STUDIES.glob("*/results.json")), ids=lambda path: path.parent.name)
+def test_the_pages_of_kept_results_are_what_would_be_written_now(kept: Path, tmp_path: Path) -> None:
+    """Whoever changes how results are told writes those of ``docs/study`` again."""
+    shutil.copy(kept, tmp_path)
+    assert redraw([str(tmp_path / kept.name)]) == 0
+    assert (tmp_path / "results.md").read_text() == kept.with_name("results.md").read_text()
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"runs": 3}', "[]"])

@@ -110,7 +110,8 @@ def _notes(results: Results) -> list[str]:
         f"with few seeds is no proof of its absence. It judges each of the {num_judged} comparisons alone: where nothing "
         "differs, chance still makes one in forty show it, and one in forty the opposite. Whether a finding stands after "
         "correction for all of them together (Holm, two-sided, 5%) is said beside it.",
-        "Times are of one machine; whatever else ran on it is in them. Numbers of tokens are exact.",
+        "Times are of one machine; whatever else ran on it is in them. Tokens of a step that student and teacher both wrote "
+        "are split by how many of its responses each wrote, which is approximate; what the data wrote is not counted.",
     ]
 
 

@@ -270,17 +270,23 @@ def _so_far(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _cumulative_costs(run: RunRecord) -> dict[str, Floats]:
-    """{measure: [N] its sum over the steps so far}. A step that an interruption made a run repeat counts once."""
+    """{measure: [N] its sum over the steps so far}. A step that an interruption made a run repeat counts once.
+
+    A step's tokens are exact. Its metrics do not tell whose they are: where it has two authors, they are split by the share of
+    responses that each wrote, whatever the lengths. What the data wrote, nobody sampled.
+    """
     share = run.column("student_prefix_frac")
     responses = run.config["rollouts.prompts_per_step"] * run.config["rollouts.rollouts_per_prompt"]
-    tokens = run.column("response_tokens") * responses
-    of_teacher = np.nan_to_num(run.column("rollout_s")) + np.nan_to_num(run.column("score_s"))
+    tokens = np.rint(run.column("response_tokens") * responses)
+    of_student = np.rint(tokens * share)
+    of_teacher = (tokens - of_student) * (run.config["rollouts.off_policy_source"] == "teacher")
+    asked_s = np.nan_to_num(run.column("rollout_s")) + np.nan_to_num(run.column("score_s"))
     costs = {
-        "student_tokens": tokens * share,
-        "teacher_tokens": tokens * (1 - share),
-        "sampled_tokens": tokens,
+        "student_tokens": of_student,
+        "teacher_tokens": of_teacher,
+        "sampled_tokens": of_student + of_teacher,
         "seconds": run.column("step_s"),
-        "reuse_seconds": run.column("step_s") - (1 - share) * of_teacher,
+        "reuse_seconds": run.column("step_s") - (1 - share) * asked_s,
     }
     return {name: np.cumsum(np.nan_to_num(values)) for name, values in costs.items()}
 
@@ -364,7 +370,8 @@ def _question(plain: Mapping[str, Any]) -> Question:
 
 
 def _round(value: float) -> float:
-    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+    """To so many digits; a whole number is a count of steps or tokens, and stays as it is."""
+    return value if value.is_integer() else float(f"{value:.{SIGNIFICANT_DIGITS}g}")
 
 
 def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:
