@@ -23,11 +23,20 @@ from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.runs.run_folder import RunFolder, write_json
 from megatron_distill.study import run as study_module
 from megatron_distill.study.claims import holm, judge, judge_all, sentence, verdict_on_claim
-from megatron_distill.study.design import MEASURES, Arm, Comparison, Group, Question, Study, StudyFigure, check_study
+from megatron_distill.study.design import (
+    CURVES,
+    MEASURES,
+    Arm,
+    Comparison,
+    Group,
+    Question,
+    Study,
+    StudyFigure,
+    check_study,
+)
 from megatron_distill.study.page import main as redraw
 from megatron_distill.study.results import (
     CURVE_POINTS,
-    CURVES,
     Interval,
     Results,
     load,
@@ -242,6 +251,37 @@ def test_unsound_studies_are_refused_with_all_problems(tmp_path: Path) -> None:
     ):
         assert part in message
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("figure", "told"),
+    [
+        (
+            ("dose", ("avg_at_k",), "distill.reverse_kl_wait"),
+            "x = 'distill.reverse_kl_wait': is 'not there' in arm 'low'",
+        ),
+        (("dose", ("avg_at_k",), "student.dtype"), "x = 'student.dtype': is 'fp32' in arm 'low'"),
+        (("dose", ("avg_at_k",), "optimizer.lr"), "in all arms. Name a config field"),
+        (("dose", ("reward",), "distill.reverse_kl_weight"), "y = 'reward': no such thing is kept of a run"),
+        (("curves", ("avg_at_k",)), "y = 'avg_at_k': no such thing is kept of a run for a figure of kind 'curves'"),
+        (("scatter", ("avg_at_k",)), "x = 'step': no such thing is kept of a run"),
+        (
+            ("scatter", ("avg_at_k", "pass_at_k"), "seconds"),
+            "'pass_at_k'): a figure of kind 'scatter' shows one",
+        ),
+        (("path", ()), "y = (): a figure of kind 'path' shows at least one"),
+        (("hand_off", ("avg_at_9",)), "y = 'avg_at_9': no such thing"),
+    ],
+)
+def test_a_figure_that_could_not_be_drawn_is_refused_before_the_first_run(
+    figure: tuple[Any, ...], told: str, tmp_path: Path
+) -> None:
+    """An axis that no run will have is told as its question's and figure's, not found once the first run has ended."""
+    question = replace(small_study().questions[0], figures=(StudyFigure("f", "F", *figure),))
+    with pytest.raises(ConfigError) as caught:
+        run_study(small_study(questions=(question,)), tmp_path / "new", must_not_train)
+    assert str(caught.value).startswith("study.questions[High or low].figures[f].")
+    assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_disk_must_hold_all_runs_not_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

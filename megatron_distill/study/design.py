@@ -11,11 +11,12 @@ file repeats, so that tables, figures and verdicts can be made again without the
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_distill import config as config_module
-from megatron_distill.config import RunConfig
+from megatron_distill.config import RunConfig, flatten
 from megatron_distill.errors import ConfigError
 
 
@@ -62,7 +63,18 @@ MEASURES: dict[str, Measure] = {
         "teacher.cache_dir can keep them from an earlier run",
     ),
 }
-"""Everything that a table, a figure or a comparison can name."""
+"""Everything that a table or a comparison can name, and a figure of any kind but "curves"."""
+
+CURVES = (
+    "forward_kl_nats",
+    "reverse_kl_nats",
+    "student_entropy_nats",
+    "response_tokens",
+    "truncated_frac",
+    "horizon_tokens",
+    "reward",
+)
+"""The training metrics that are kept of a run, for figures of kind "curves"."""
 
 Kind = Literal["scatter", "path", "dose", "curves", "hand_off"]
 
@@ -77,8 +89,8 @@ class StudyFigure:
         kind: scatter: one point an arm, ``y[0]`` against ``x``, at the end; path: an arm's evaluations joined, each of ``y``
             against ``x``; dose: each of ``y`` at the end against the config field ``x``; curves: training metrics ``y`` over
             the steps; hand_off: each of ``y`` before distillation, before RL and after RL.
-        y: measures; for "curves", metrics of ``metrics.jsonl``.
-        x: a measure, "step", or for "dose" a config field.
+        y: measures, one for "scatter"; for "curves", names of ``CURVES``.
+        x: a measure, "step", or for "dose" a config field that is a number, and not the same in all arms of the study.
     """
 
     name: str
@@ -209,8 +221,18 @@ class Study:
         )
 
 
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted fields that say what a run is: neither its name and seed nor this machine's paths, nor a function's."""
+    own = ("name", "seed")
+    return {
+        field: value.rpartition("/")[2] if isinstance(value, str) and ".py:" in value else value
+        for field, value in flatten(config).items()
+        if field not in own and not field.endswith(("path", "_dir"))
+    }
+
+
 def check_study(study: Study) -> None:
-    """Check that the study hangs together and that every run's config is sound.
+    """Check that the study hangs together, that its figures can be drawn, and that every run's config is sound.
 
     Raises:
         ConfigError: listing all problems at once.
@@ -226,18 +248,22 @@ def check_study(study: Study) -> None:
                 f"Before it: {', '.join(names[:index]) or 'none'}."
             )
         problems += [f"study.arms[{arm.name}]: {problem}" for problem in config_module.problems_of(arm.config)]
+    settings = {arm.name: settings_of(config_module.to_dict(arm.config)) for arm in study.arms}
     for question in study.questions:
-        problems += [f"study.questions[{question.title}] = {problem}" for problem in _unknown(question, names)]
+        where = f"study.questions[{question.title}]"
+        problems += [f"{where} = {problem}" for problem in _unknown(question, names)]
+        for figure in question.figures:
+            unclear = _unclear_axes(figure)
+            if figure.kind == "dose":
+                unclear += _unclear_dose(figure.x, question, settings)
+            problems += [f"{where}.figures[{figure.name}].{problem}" for problem in unclear]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def _unknown(question: Question, arms: list[str]) -> list[str]:
     asked = (*question.arms, *(arm for one in question.comparisons for arm in one.arms))
-    measures = [*question.columns, *(one.measure for one in question.comparisons)]
-    for figure in question.figures:
-        measures += [figure.x] if figure.kind != "dose" and figure.x != "step" else []
-        measures += figure.y if figure.kind != "curves" else ()
+    measures = (*question.columns, *(one.measure for one in question.comparisons))
     return [
         *(f"{arm!r}: no such arm. Known: {', '.join(arms)}." for arm in dict.fromkeys(asked) if arm not in arms),
         *(
@@ -246,3 +272,31 @@ def _unknown(question: Question, arms: list[str]) -> list[str]:
             if m not in MEASURES
         ),
     ]
+
+
+def _unclear_axes(figure: StudyFigure) -> list[str]:
+    """What a figure cannot be drawn with, but for a dose's config field."""
+    of_y = CURVES if figure.kind == "curves" else tuple(MEASURES)
+    of_x = (figure.x,) if figure.kind == "dose" else (*MEASURES, *(("step",) if figure.kind != "scatter" else ()))
+    problems = [
+        f"{axis} = {name!r}: no such thing is kept of a run for a figure of kind {figure.kind!r}. Known: {', '.join(known)}."
+        for axis, names, known in (("x", (figure.x,), of_x), ("y", figure.y, of_y))
+        for name in names
+        if name not in known
+    ]
+    if not figure.y or (figure.kind == "scatter" and len(figure.y) > 1):
+        number = "one" if figure.kind == "scatter" else "at least one"
+        problems.append(f"y = {figure.y}: a figure of kind {figure.kind!r} shows {number}. Name it in a tuple.")
+    return problems
+
+
+def _unclear_dose(field: str, question: Question, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Why a config field is no x axis, given those of all arms."""
+    remedy = (
+        "Name a config field (docs/config.md) that is a number in each of the question's arms and differs between arms."
+    )
+    for arm in question.arms:
+        if arm in settings and not isinstance(settings[arm].get(field), int | float):
+            return [f"x = {field!r}: is {settings[arm].get(field, 'not there')!r} in arm {arm!r}. {remedy}"]
+    first, *others = (one.get(field) for one in settings.values())
+    return [] if any(other != first for other in others) else [f"x = {field!r}: is {first!r} in all arms. {remedy}"]

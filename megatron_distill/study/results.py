@@ -16,22 +16,12 @@ from typing import Any
 import numpy as np
 
 from megatron_distill import config as config_module
-from megatron_distill.config import flatten
 from megatron_distill.errors import DataError
 from megatron_distill.pages.plots import Floats
 from megatron_distill.pages.run_record import RunRecord, read_run
 from megatron_distill.runs.run_folder import RunFolder, nan_to_none, read_json
-from megatron_distill.study.design import Comparison, Group, Question, Study, StudyFigure
+from megatron_distill.study.design import CURVES, Comparison, Group, Question, Study, StudyFigure, settings_of
 
-CURVES = (
-    "forward_kl_nats",
-    "reverse_kl_nats",
-    "student_entropy_nats",
-    "response_tokens",
-    "truncated_frac",
-    "horizon_tokens",
-    "reward",
-)
 CURVE_POINTS = 40  # of a training metric kept: means of equal stretches of steps
 SIGNIFICANT_DIGITS = 4
 
@@ -200,7 +190,7 @@ def collect(study: Study, folders: Mapping[tuple[str, int], RunFolder]) -> Resul
     Raises:
         DataError: a folder does not hold what a finished run leaves.
     """
-    configs = {arm.name: _settings(config_module.to_dict(arm.config)) for arm in study.arms}
+    configs = {arm.name: settings_of(config_module.to_dict(arm.config)) for arm in study.arms}
     first = next(iter(configs.values()))
     common = {
         field: value
@@ -295,16 +285,6 @@ def _stretch_means(values: Floats) -> list[float]:
     stretches = np.array_split(values, min(CURVE_POINTS, len(values)) or 1)
     finite = [stretch[np.isfinite(stretch)] for stretch in stretches]
     return [_round(float(part.mean())) if len(part) else math.nan for part in finite]
-
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted fields that say what a run is: neither its name and seed nor this machine's paths, nor a function's."""
-    own = ("name", "seed")
-    return {
-        field: value.rpartition("/")[2] if isinstance(value, str) and ".py:" in value else value
-        for field, value in flatten(config).items()
-        if field not in own and not field.endswith(("path", "_dir"))
-    }
 
 
 def _environment(folder: RunFolder) -> dict[str, Any]:
