@@ -17,7 +17,7 @@ from megatron_distill.config import DistillConfig, RunConfig
 from megatron_distill.config.loading import every
 from megatron_distill.config.schedules import constant
 from megatron_distill.errors import CheckpointError, ConfigError, DataError, DistillError
-from megatron_distill.launch import local
+from megatron_distill.launch import local, preflight
 from megatron_distill.launch.disk import bytes_to_come
 from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.runs.run_folder import RunFolder, write_json
@@ -251,6 +251,30 @@ def test_unsound_studies_are_refused_with_all_problems(tmp_path: Path) -> None:
     ):
         assert part in message
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("field", ["rl.reward", "components", "trackers"])
+def test_every_arms_functions_are_looked_up_before_the_first_run(field: str, tmp_path: Path) -> None:
+    """A misspelt function of the second arm is told with its run, though the first arm is as the second in all else."""
+    low, _, then = small_study().arms
+    config = config_module.with_overrides(low.config, ["rl.weight=1", "rollouts.rollouts_per_prompt=4"])
+    (tmp_path / "mine.py").write_text("def meant(answered): ...")
+    name = f"{tmp_path}/mine.py:ment"
+    override = f"{field}={name}" if field == "rl.reward" else f'{field}=["{name}"]'
+    high = Arm("high", "high", config_module.with_overrides(config, [override]))
+    arms = (replace(low, config=config), high, then)
+    with pytest.raises(ConfigError, match=r"study run 'high/seed_1': .*mine\.py:ment"):
+        run_study(small_study(arms=arms), tmp_path / "new", must_not_train)
+
+
+def test_arms_that_differ_in_numbers_alone_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check reads all weights: neither a seed, a learning rate nor a KL weight asks for another."""
+    checked = []
+    monkeypatch.setattr(preflight, "check", lambda config: checked.append(config.name))
+    low, high, _ = small_study().arms
+    faster = replace(high, config=config_module.with_overrides(high.config, ["optimizer.lr=1e-5"]))
+    planned(small_study(arms=(low, faster, small_study().arms[2])), tmp_path / "new")
+    assert checked == ["low/seed_1"]
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ from megatron_distill.study.results import collect, save
 Key = tuple[str, int]
 """A run of a study: its arm's name and its seed."""
 
+_UNSEEN = ("name", "seed", "optimizer.", "distill.reverse_kl_weight")
+"""Fields in which no check of files looks: a check reads all weights, and is made once for runs that differ in these alone."""
+
 
 @dataclass(frozen=True)
 class StudyRuns:
@@ -157,12 +160,8 @@ def _check_files(runs: StudyRuns) -> None:
         while before is not None and not Path(config.student.path).exists():
             path = runs.configs[before].student.path
             config, before = replace(config, student=replace(config.student, path=path)), runs.before(before)
-        plain = config_module.to_dict(config)
-        looked_at = {
-            name: plain[name]
-            for name in ("student", "teacher", "data", "rollouts", "curriculum", "evaluation", "servers")
-        }
-        alike = json.dumps([looked_at, config.needs_teacher, config.needs_teacher_server], sort_keys=True)
+        fields = flatten(config_module.to_dict(config)).items()
+        alike = json.dumps([(field, value) for field, value in fields if not field.startswith(_UNSEEN)])
         if alike not in seen:
             seen.add(alike)
             try:
