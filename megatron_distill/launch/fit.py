@@ -115,7 +115,8 @@ def step_seconds(config: RunConfig, student: HfConfig, teacher: HfConfig | None)
     With N tokens of a replica's step, and L layers of width H, of the experts those that work on a token, on the pipeline's
     slowest rank (the last one has the output layer too, for response tokens):
 
-        compute     6 N a parameter, or 8 N where layers are computed twice, over tp cp FLOPS; attention; a teacher beside
+        compute     6 N a parameter, or 8 N where layers are computed twice, over tp cp FLOPS; attention; 2 N a parameter
+                    of a teacher beside, over pp too
         launches    layers and micro-batches times LAUNCH_S
         tp          4 gathers and 4 scatters of [N, H] a layer
         ep          4 exchanges of [N, k H] a layer, of which (ep - 1) / ep leave the rank
@@ -129,10 +130,9 @@ def step_seconds(config: RunConfig, student: HfConfig, teacher: HfConfig | None)
     num_micro = num_micro_batches(config)
     tokens = num_micro * micro_batch_tokens(config) / cp  # of a rank's step
     work, layers = _slowest_rank(config, student)
-    if teacher is not None and config.teacher.in_trainer:
-        work += 2 / passes * active_parameters(teacher)
+    forward = active_parameters(teacher) / pp if teacher is not None and config.teacher.in_trainer else 0.0
     width = student.hidden_size * SIZE * tokens / tp
-    busy = {"compute": 2 * passes * work * tokens / tp / FLOPS}
+    busy = {"compute": 2 * (passes * work + forward) * tokens / tp / FLOPS}
     busy["launches"] = layers * num_micro * LAUNCH_S * passes / 3 * (2 if student.num_experts else 1)
     busy["tp"] = 8 * passes / 3 * layers * width * (tp - 1) / _rate(tp)
     keys = student.num_query_groups * student.head_dim * SIZE * tokens / tp
