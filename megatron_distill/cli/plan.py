@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     """Print the plan."""
     from megatron_distill.launch import step_time
     from megatron_distill.launch.layouts import layout_problems
-    from megatron_distill.launch.plan import architecture, plan, remedies, render
+    from megatron_distill.launch.plan import architecture, plan, remedies, render, server_remedies
 
     config = chosen_config(options)
     measured = step_time.parse_measured(options.measured) if options.measured else {}
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         return
     if problems := layout_problems(config, models):
         raise ConfigError("\n".join(problems))
-    result = plan(config, student, teacher, options.gpu_gib)
-    print(render(config, student, result, remedies(config, student, teacher, options.gpu_gib)))
+    asked = (config, student, teacher, options.gpu_gib)
+    print(render(config, student, plan(*asked), remedies(*asked), server_remedies(*asked)))
     paper = step_time.on_paper(config, student, teacher, options.gpu_gib, measured)
     print(f"\n{step_time.render(config, paper)}")

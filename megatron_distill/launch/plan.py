@@ -113,11 +113,7 @@ def remedies(config: RunConfig, student: HfConfig, teacher: HfConfig | None, gpu
         return plan(candidate, student, teacher, gpu_gib).trainer_fits
 
     def sound(override: str) -> RunConfig | None:
-        try:
-            changed = config_module.with_overrides(config, [override])
-        except ConfigError:
-            return None
-        return None if layout_problems(changed, models) else changed
+        return _sound(config, override, models)
 
     if fits(config):
         return []
@@ -140,6 +136,39 @@ def remedies(config: RunConfig, student: HfConfig, teacher: HfConfig | None, gpu
         chosen = [one for one in chosen if one.split("=")[0] != override.split("=")[0]] + [override]
         config = changed
     return chosen
+
+
+def server_remedies(
+    config: RunConfig, student: HfConfig, teacher: HfConfig | None, gpu_gib: float
+) -> dict[str, str | None]:
+    """For servers whose cache does not hold a longest sequence: the smallest of 2, 4 and 8 times their tp with which it does.
+
+    Returns:
+        {``servers.*_tp``: the override, or None if the model cannot be shared so, or none suffices}. Empty if all fit.
+    """
+    models = {"student": student} | ({"teacher": teacher} if teacher else {})
+    as_it_is, tokens = plan(config, student, teacher, gpu_gib), config.max_sequence_tokens
+
+    def fits(role: str, override: str) -> bool:
+        changed = _sound(config, override, models)
+        return changed is not None and plan(changed, student, teacher, gpu_gib).server_fits(role, tokens)
+
+    found = {}
+    for role, (_, tp) in server_groups(config).items():
+        if not as_it_is.server_fits(role, tokens):
+            field = f"servers.{MODEL_OF[role]}_tp"
+            wider = (f"{field}={times * tp}" for times in (2, 4, 8))
+            found[field] = next((override for override in wider if fits(role, override)), None)
+    return found
+
+
+def _sound(config: RunConfig, override: str, models: dict[str, HfConfig]) -> RunConfig | None:
+    """The changed config, or None if it breaks a rule or the models cannot take it."""
+    try:
+        changed = config_module.with_overrides(config, [override])
+    except ConfigError:
+        return None
+    return None if layout_problems(changed, models) else changed
 
 
 def _overrides(config: RunConfig) -> Iterator[str]:
@@ -195,8 +224,14 @@ def layout_line(config: RunConfig, student: HfConfig) -> str:
     return line + (f", recompute {recompute}" if recompute != "none" else "")
 
 
-def render(config: RunConfig, student: HfConfig, result: Plan, remedy: list[str] | None) -> str:
-    """The plan as a page of text."""
+def render(
+    config: RunConfig,
+    student: HfConfig,
+    result: Plan,
+    remedy: list[str] | None,
+    server_remedy: dict[str, str | None],
+) -> str:
+    """The plan as a page of text, with what ``remedies`` and ``server_remedies`` say of it."""
     layout = config.student
     groups = ", ".join(f"{n} {role} server(s) of tp {tp}" for role, (n, tp) in server_groups(config).items())
     teacher = f"{result.teacher_parameters:,} parameters ({config.teacher.path}), {config.teacher.transport}"
@@ -223,9 +258,9 @@ def render(config: RunConfig, student: HfConfig, result: Plan, remedy: list[str]
     lines += ["", "bytes on the wire a step", *map(_memory_line, result.wire)]
     lines += ["", "bytes of the run folder at its fullest", *map(_memory_line, result.disk)]
     lines.append(_sum_line(result.disk))
-    for role in result.servers:
-        if not result.server_fits(role, config.max_sequence_tokens):
-            lines.append(f"\nto fit: servers.{MODEL_OF[role]}_tp={2 * server_groups(config)[role][1]}")
+    for field, override in server_remedy.items():
+        none = f"no {field} suffices; use larger GPUs (--gpu-gib), a smaller model, or a shorter horizon"
+        lines.append(f"\nto fit: {override or none}")
     if remedy:
         lines.append(f"\nto fit: {' '.join(remedy)}")
     elif remedy is None:

@@ -321,6 +321,35 @@ def test_plan_says_what_does_not_fit_and_what_to_type(capsys: pytest.CaptureFixt
     assert "DOES NOT FIT" in printed and "to fit: student.recompute=full" in printed
 
 
+@pytest.mark.parametrize(
+    ("gpu_gib", "remedy"),
+    [
+        ("48", "servers.teacher_tp=2"),
+        ("24", "servers.teacher_tp=4"),
+        ("14", "servers.teacher_tp=8"),
+        ("8", "no servers.teacher_tp suffices; use larger GPUs"),
+    ],
+)
+def test_the_remedy_for_a_server_makes_it_fit(gpu_gib: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The smallest tp with which a 32B teacher leaves room for a sequence, not just twice the one that does not; or none."""
+    recipe = "qwen3.b8_from_32b_4x8_4096"
+    assert main(["plan", recipe, "--gpu-gib", gpu_gib, "servers.teacher_tp=1"]) == 0
+    printed = capsys.readouterr().out
+    assert f"to fit: {remedy}" in printed
+    if not remedy.startswith("no"):
+        assert main(["plan", recipe, "--gpu-gib", gpu_gib, remedy]) == 0
+        assert "servers.teacher_tp" not in capsys.readouterr().out
+
+
+def test_no_remedy_for_a_server_breaks_what_its_model_allows() -> None:
+    """A teacher of 6 heads is not laid on 4 or 8 ranks."""
+    config = with_overrides(qwen3.b8_from_32b_4x8_4096(), ["servers.teacher_tp=1"])
+    student, teacher = models_of(config)
+    assert teacher is not None
+    odd = replace(teacher, num_attention_heads=6, num_query_groups=2)
+    assert planner.server_remedies(config, student, odd, 20) == {"servers.teacher_tp": None}
+
+
 # --- a step on paper --------------------------------------------------------------------------------------------------
 
 
