@@ -1,6 +1,7 @@
 """First contact: a recipe of one's own that is sound as written, and a shell that completes."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -72,6 +73,22 @@ def test_what_cannot_be_a_recipe_leaves_no_file(tmp_path: Path, capsys: pytest.C
     (tmp_path / "mine.py").write_text("# mine")
     assert new(tmp_path, data(tmp_path / "train.jsonl")) == 1
     assert (tmp_path / "mine.py").read_text() == "# mine"
+
+
+def test_a_folder_that_takes_no_recipe_is_told_before_anything_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is missing, a file in its place, or one that may not be written to; nothing is asked of the data, nor made."""
+    no_data = tmp_path / "none.jsonl"
+    assert new(tmp_path / "missing" / "dir", no_data) == 1
+    assert f"there is no folder {tmp_path}/missing/dir to write into. Make it" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert new(tmp_path / "file", no_data) == 1
+    assert "is a file. Name a folder" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert new(tmp_path, no_data) == 1
+    assert f"{tmp_path} may not be written to." in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_words_follow_the_line() -> None:

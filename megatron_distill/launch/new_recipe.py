@@ -20,6 +20,7 @@ from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.models.vocabulary import load_vocabulary
 from megatron_distill.rollouts.prompts import load_prompt_set
 from megatron_distill.rollouts.records import first_record
+from megatron_distill.runs import marks
 
 FUNCTION = "recipe"
 _PROMPT_KEYS = ("prompt", "problem", "question", "messages", "input", "instruction", "query")
@@ -126,11 +127,18 @@ def write_recipe(
         What was found and what to type next.
 
     Raises:
-        ConfigError: there is such a file already, or something about models or data is wrong; then nothing is left behind.
+        ConfigError: there is such a file already, or no folder for it, or something about models or data is wrong; then
+            nothing is left behind.
+        DistillError: the folder may not be written to.
     """
     if file.suffix != ".py" or file.exists():
         problem = "exists already. Choose another name" if file.exists() else "must end with .py"
         raise ConfigError(f"new = {file}: {problem}. A recipe is a Python file of its own. Type for example my_run.py.")
+    marks.check_parent_writable(file, "new")
+    if not file.parent.is_dir():
+        raise ConfigError(
+            f"new = {file}: there is no folder {file.parent} to write into. Make it, or name a file elsewhere."
+        )
     models = {"student": hub.local_place(student, "model"), "teacher": hub.local_place(teacher, "model")}
     for role, place in models.items():
         preflight.check_is_directory(role, place)
