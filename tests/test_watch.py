@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import os
 import signal
 import subprocess
@@ -125,6 +126,22 @@ def test_odd_questions_and_records_are_answered(
     assert capfd.readouterr().err == ""
 
 
+def test_what_is_no_number_is_null_to_a_browser(folder: RunFolder, page: LivePage) -> None:
+    """Python writes NaN and Infinity, and no browser reads them: one of either would end the page for good."""
+
+    def strict(path: str) -> Any:
+        return json.loads(get(page.url, path)[1], parse_constant=lambda name: pytest.fail(f"{path}: {name}"))
+
+    append(folder.metrics, {"step": 1.0, "loss": math.nan, "grad_norm": math.inf, "step_s": 2.0})
+    append(folder.samples, {"step": 1, "gap_nats": [0.5, -math.inf]})
+    summary = {"step": 0, "k": 4, "avg_at_k": 0.5, "pass_at_k": 0.5, "entropy_nats": math.nan}
+    write_json(folder.evaluation("heldout", 0), {"summary": summary, "responses": []})
+    records = strict("records?")
+    assert records["metrics"]["records"] == [{"step": 1.0, "loss": None, "grad_norm": None, "step_s": 2.0}]
+    assert records["samples"]["records"][0]["gap_nats"] == [0.5, None]
+    assert strict("state")["evaluations"][0]["entropy_nats"] is None
+
+
 def test_state_tells_how_the_run_stands(folder: RunFolder, page: LivePage) -> None:
     """Under way without news, failed with the first cause, finished whatever failed before."""
     assert asked(page, "state")["failure"] == ""
@@ -180,6 +197,7 @@ def test_a_browser_follows_the_run_as_it_goes_on(
         assert "Nothing" not in browser.evaluate("document.getElementById('cards').innerText")
         for step in range(2, 8):
             record_step(folder, step)
+        append(folder.metrics, {"step": 7.0, "loss": 1 / 7, "step_s": 2.0, "grad_norm": math.nan})
         browser.wait_for("document.title === 'watched 7/8'")
         (folder.evals / "math500").mkdir(parents=True)
         for step, value in ((0, 0.25), (8, 0.5)):

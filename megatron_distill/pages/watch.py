@@ -14,7 +14,8 @@ folder and nothing else; the page asks for what was appended since it last asked
 
 Only its reader is served: the socket is the loopback's, which all users of a machine share, so that a key is part of the
 address, new at each start; and a request that names another host is refused (a web site that the reader has open could
-otherwise ask through their browser). Text of models is shown as text.
+otherwise ask through their browser). Text of models is shown as text. A number that is not finite comes as null, since a
+browser reads no other JSON, and is left out of the curves.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from urllib.parse import parse_qs, urlsplit
 from megatron_distill.errors import DataError
 from megatron_distill.runs.follower import record_of
 from megatron_distill.runs.metrics import METRICS
-from megatron_distill.runs.run_folder import HELDOUT, RunFolder, read_json
+from megatron_distill.runs.run_folder import HELDOUT, RunFolder, finite_or_none, read_json
 
 _LOG_BYTES = 60_000
 _MOST_BYTES = 8 << 20  # of one answer: a long run comes in several
@@ -105,7 +106,7 @@ def serve(folder: RunFolder, port: int = 0) -> LivePage:
                     status, answer = 200, answers[url.path](query)
                 except (OSError, ValueError) as error:  # a made-up question, or a file that is no record
                     status, answer = 500, str(error)
-                self._send(status, json.dumps(answer).encode(), "application/json")
+                self._send(status, json.dumps(finite_or_none(answer)).encode(), "application/json")
             else:
                 self._send(404, b"no such page", "text/plain")
 

@@ -379,10 +379,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def nan_to_none(value: Any) -> Any:
-    """Plain values with None for every nan, which JSON does not know."""
+def finite_or_none(value: Any) -> Any:
+    """Plain values with None for every number that is not finite: JSON knows neither nan nor infinity."""
     if isinstance(value, Mapping):
-        return {key: nan_to_none(item) for key, item in value.items()}
+        return {key: finite_or_none(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [nan_to_none(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,7 +19,7 @@ from megatron_distill import config as config_module
 from megatron_distill.errors import DataError
 from megatron_distill.pages.plots import Floats
 from megatron_distill.pages.run_record import RunRecord, read_run
-from megatron_distill.runs.run_folder import RunFolder, nan_to_none, read_json
+from megatron_distill.runs.run_folder import RunFolder, finite_or_none, read_json
 from megatron_distill.study.design import CURVES, Comparison, Group, Question, Study, StudyFigure, settings_of
 
 CURVE_POINTS = 40  # of a training metric kept: means of equal stretches of steps
@@ -298,7 +298,7 @@ def _environment(folder: RunFolder) -> dict[str, Any]:
 
 def save(results: Results, path: Path) -> None:
     """Write the results, a run a line, through a temporary name of this process's own."""
-    plain = nan_to_none(asdict(results))
+    plain = finite_or_none(asdict(results))
     runs = ",\n  ".join(json.dumps(run) for run in plain.pop("runs"))
     head = json.dumps(plain, indent=1).removesuffix("\n}")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

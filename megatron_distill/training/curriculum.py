@@ -39,7 +39,7 @@ from megatron_distill.config import CurriculumConfig, EntropyGated
 from megatron_distill.config.schedules import Schedule
 from megatron_distill.errors import ConfigError, DataError
 from megatron_distill.evaluate.heldout import Measurement
-from megatron_distill.runs.run_folder import nan_to_none
+from megatron_distill.runs.run_folder import finite_or_none
 
 Outcome = Literal["advance", "freeze", "retry", "unmeasured"]
 
@@ -96,7 +96,7 @@ class Decision:
 
     def to_record(self) -> dict[str, Any]:
         """Its line of ``curriculum.jsonl``; what could not be measured is null."""
-        return nan_to_none(asdict(self))
+        return finite_or_none(asdict(self))
 
     def line(self) -> str:
         """Its line on the console."""

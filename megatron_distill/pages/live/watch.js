@@ -34,7 +34,9 @@ function make(tag, text, attributes = {}) {
   return element;
 }
 
-const short = (x) => x === 0 ? "0" : Math.abs(x) >= 1000 ? x.toFixed(0) : Math.abs(x) < 1e-3 ? x.toExponential(1) : String(+x.toPrecision(3));
+// What is not finite comes as null.
+const fixed = (x) => x === null ? "-" : x.toFixed(3);
+const short = (x) => x === null ? "-" : x === 0 ? "0" : Math.abs(x) >= 1000 ? x.toFixed(0) : Math.abs(x) < 1e-3 ? x.toExponential(1) : String(+x.toPrecision(3));
 
 function clock(seconds) {
   const s = Math.round(seconds), h = Math.floor(s / 3600), m = Math.floor(s % 3600 / 60), two = (x) => String(x).padStart(2, "0");
@@ -100,7 +102,7 @@ function drawHead() {
   const recent = [...steps.values()].slice(-20).map((record) => record.step_s).sort((a, b) => a - b);
   if (recent.length && !state.finished) facts.push(`about ${clock((config.num_steps - last) * recent[recent.length >> 1])} left`);
   const measured = state.evaluations[state.evaluations.length - 1];
-  if (measured) facts.push(`Avg@${measured.k} ${measured.avg_at_k.toFixed(3)} at step ${measured.step} (start ${state.evaluations[0].avg_at_k.toFixed(3)})`);
+  if (measured) facts.push(`Avg@${measured.k} ${fixed(measured.avg_at_k)} at step ${measured.step} (start ${fixed(state.evaluations[0].avg_at_k)})`);
   if (events.length && !state.finished) facts.push(`${events[events.length - 1].role}: ${events[events.length - 1].text}`);
   byId("facts").textContent = facts.join(" · ");
   byId("failure").hidden = !state.failure;
