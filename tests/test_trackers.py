@@ -1,7 +1,10 @@
 """Trackers: told every record once, whoever resumes what; named once when they fail; real libraries, read back."""
 
 import json
+import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from megatron_distill.runs import trackers
 from megatron_distill.runs.follower import Following, Lines, Tracker
 from megatron_distill.runs.run_folder import RunFolder, append, kept_id, read_json
 from megatron_distill.runs.trackers.process import track
+from tests.support.waiting import HANG_S, wait_until
 
 OWN = """
 from megatron_distill.runs.follower import Tracker
@@ -43,6 +47,20 @@ def mine(folder, config): return Mine(folder, config)
 def bad(folder, config): return Bad(folder, config)
 def unable(folder, config): raise SystemExit("no such server")
 def one_argument(folder): return None
+"""
+
+LAUNCHER = """
+import os, signal, sys, time
+from pathlib import Path
+from megatron_distill import config
+from megatron_distill.runs.run_folder import RunFolder, append
+from megatron_distill.runs.trackers.process import track
+
+folder = RunFolder(Path(sys.argv[1]))
+with track(config.load(folder.config), folder):
+    while not (folder.root / "mine.jsonl").exists():
+        time.sleep(0.05)
+    {deed}
 """
 
 
@@ -154,6 +172,31 @@ def test_a_tracker_that_fails_is_named_once_and_hurts_nobody(folder: RunFolder) 
     assert "Traceback" in (folder.logs / "trackers.log").read_text()
     kept = [json.loads(line) for line in (folder.root / "mine.jsonl").read_text().splitlines()]
     assert [one["step"] for one in kept if one["kind"] == "step"] == [1, 2, 3, 4]
+
+
+def launch(folder: RunFolder, deed: str) -> "subprocess.CompletedProcess[bytes]":
+    """A launcher at its own terminal, so to speak: it starts the trackers, and once they have begun it does a deed."""
+    prepared(folder, *own(folder, "mine"))
+    command = [sys.executable, "-c", LAUNCHER.format(deed=deed), str(folder.root)]
+    return subprocess.run(command, start_new_session=True, check=False, timeout=HANG_S)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
+def test_what_the_terminal_sends_leaves_the_trackers_to_the_launcher(folder: RunFolder, name: str) -> None:
+    """It is closed, or Ctrl-C typed, and the launcher goes on to save: the trackers are told what comes after."""
+    survives = f"signal.signal(signal.{name}, lambda *_: None); os.killpg(0, signal.{name})"
+    assert launch(folder, f"{survives}; append(folder.metrics, {{'step': 1.0}})").returncode == 0
+    kept = [json.loads(line) for line in (folder.root / "mine.jsonl").read_text().splitlines()]
+    assert [one["kind"] for one in kept] == ["open", "step", "close"]
+    assert not folder.events.exists()
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_takes_its_trackers_along(folder: RunFolder) -> None:
+    """Their input ends with it, however it ends: they tell what is new, close and are gone."""
+    assert launch(folder, "os.kill(os.getpid(), signal.SIGKILL)").returncode == -signal.SIGKILL
+    wait_until(lambda: '"close"' in (folder.root / "mine.jsonl").read_text(), "the trackers' end")
 
 
 def test_the_example_of_the_docs_works(folder: RunFolder) -> None:

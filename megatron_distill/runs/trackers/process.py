@@ -10,7 +10,6 @@ closes the trackers, and waits ``_CLOSING_S`` for those that upload.
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -41,6 +40,7 @@ def track(config: RunConfig, folder: RunFolder) -> Iterator[None]:
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
+            start_new_session=True,  # out of reach of the terminal's Ctrl-C and of its end: the launcher still saves then
         )
     assert process.stdin is not None
     try:
@@ -57,8 +57,7 @@ def track(config: RunConfig, folder: RunFolder) -> Iterator[None]:
 
 
 def follow(folder: RunFolder) -> None:
-    """Be that process. Ctrl-C is the launcher's: it closes the input once the run has stopped."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Be that process, until the launcher closes the input: once the run has stopped, or by its own end."""
     config = config_module.load(folder.config)
     is_over = threading.Event()
     threads = [
