@@ -2,16 +2,20 @@
 
 import importlib.util
 import os
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron_distill.recipes import tiny
 
+from megatron_distill.errors import ServerError
 from megatron_distill.launch.roles import _pin_nccl
 from megatron_distill.sglang.server import NCCL_ENV
-from megatron_distill.training.weight_sync import pack
+from megatron_distill.training import weight_sync
+from megatron_distill.training.weight_sync import WeightsGroup, pack
 from tests.support.rank_forge import RankForge
 
 
@@ -36,6 +40,21 @@ def test_both_sides_of_a_broadcast_have_the_same_nccl(monkeypatch: pytest.Monkey
 def joined(source: Path) -> str:
     """Without the line breaks of long conditions."""
     return " ".join(source.read_text().split()).replace("if ( ", "if ")
+
+
+def test_servers_that_cannot_be_reached_are_told_with_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a firewall nobody answers: the group, where it is, how long it was waited for, and what to do."""
+    group = WeightsGroup("weights-0", "127.0.0.1", 2)
+    monkeypatch.setattr(weight_sync, "GROUP_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(weight_sync, "in_background", lambda act: Future())  # rank 0 never meets anybody
+    told = (
+        rf"weights group weights-0 at 127\.0\.0\.1:{group.port} = .* within 0\.05 s: .* or set servers.weight_sync=disk"
+    )
+    with pytest.raises(ServerError, match=told):
+        group.join(Future(), on_gpu=False)
+    group._group = SimpleNamespace(broadcast=lambda *_: None)
+    with pytest.raises(ServerError, match=told):
+        group.broadcast(torch.zeros(1), Future())
 
 
 def test_what_was_gathered_is_of_its_moment() -> None:

@@ -246,6 +246,9 @@ class WeightsGroup:
             servers: done when they have joined.
             on_gpu: NCCL, or gloo.
             num_channels: of NCCL; see ``BroadcastSync``.
+
+        Raises:
+            ServerError: they did not meet within ``GROUP_TIMEOUT_S``, or a server would not.
         """
         from torch.distributed.distributed_c10d import Backend, _new_process_group_helper, _world
 
@@ -267,15 +270,30 @@ class WeightsGroup:
             )[0]
 
         met = in_background(meet)
-        servers.result(timeout=GROUP_TIMEOUT_S)  # fails as soon as one of them refuses
-        self._group = met.result(timeout=GROUP_TIMEOUT_S)
+        self._wait(servers, "the servers did not join")  # fails as soon as one of them refuses
+        self._group = self._wait(met, "rank 0 did not meet the servers")
         _world.pg_group_ranks[self._group] = {rank: rank for rank in range(self._num_ranks)}
 
     def broadcast(self, flat: Tensor, received: Future[None]) -> None:
-        """Send one message. Ends when all servers have it, or when the first of them fails to take it."""
+        """Send one message. Ends when all servers have it, or when the first of them fails to take it.
+
+        Raises:
+            ServerError: it did not arrive within ``GROUP_TIMEOUT_S``, or a server did not take it.
+        """
         work = self._group.broadcast([flat], dist.BroadcastOptions())
-        received.result(timeout=GROUP_TIMEOUT_S)
+        self._wait(received, "a message of weights did not arrive")
         work.wait()
+
+    def _wait[T](self, future: Future[T], what: str) -> T:
+        """Its result; a wait that is too long has no words of its own."""
+        try:
+            return future.result(timeout=GROUP_TIMEOUT_S)
+        except TimeoutError as error:
+            raise ServerError(
+                f"weights group {self.name} at {self.address}:{self.port} = {what} within {GROUP_TIMEOUT_S:g} s: servers and "
+                "rank 0 must reach each other at every port. Open the ports between the nodes, set socket_interface in the "
+                "cluster's profile to the interface that connects them, or set servers.weight_sync=disk."
+            ) from error
 
     def leave(self, failed: bool) -> None:
         """Leave the group; after a failure without waiting for anyone, so that those who wait for this side wake up."""
