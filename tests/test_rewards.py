@@ -1,6 +1,7 @@
 r"""Rewards: the last closed box, judged by math-verify, whatever a model may write into it."""
 
 import os
+import queue
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from megatron_distill.errors import ConfigError, DataError, DistillError
 from megatron_distill.rewards import Answered, WeightedReward, load_reward, weights_of
 from megatron_distill.rewards.math_verifier import MathVerifier, clean_answer, compare_strings, last_boxed
 from megatron_distill.types import Message, Problem
+from tests.support.waiting import HANG_S, wait_until
 
 CPU_LIMIT_S = 2.0
 
@@ -227,7 +229,32 @@ class TestMathVerifier:
         assert judge is not None
         verifier.close()
         verifier.close()
-        assert judge.poll() == 0
+        assert judge.poll() is not None
+
+    @pytest.mark.parametrize("when", ["starting", "judging"])
+    def test_close_waits_for_no_call(self, when: str) -> None:
+        """One that was given up for its time ends with the judge, and the judge's children too, whatever they work on."""
+        verifier = MathVerifier(cpu_limit_s=HANG_S, num_parallel=2)
+        if when == "judging":
+            verifier.verify([box("1.0")], ["1"])
+        raised: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+
+        def call() -> None:
+            try:
+                verifier.verify([box(HOSTILE[0])] * 2, ["1", "2"])
+            except DistillError as error:
+                raised.put(error)
+
+        threading.Thread(target=call, daemon=True).start()
+        wait_until(lambda: verifier._judge is not None, "the judge")
+        assert verifier._judge is not None
+        judge = psutil.Process(verifier._judge.pid)
+        wait_until(lambda: when == "starting" or len(judge.children()) == 2, "two answers under way")
+        children = judge.children()
+        verifier.close()
+        assert "math judge = exit status -9" in str(raised.get(timeout=HANG_S))
+        psutil.wait_procs(children, timeout=HANG_S)
+        assert not judge.is_running() and not any(child.is_running() for child in children)
 
     def test_bad_calls_are_refused(self) -> None:
         """Unpaired lists and a limit of nothing are mistakes of the caller."""

@@ -94,8 +94,6 @@ def judge_pairs(pairs: list[tuple[str, str]], cpu_limit_s: float, num_parallel: 
 def main() -> None:
     cpu_limit_s, num_parallel = float(sys.argv[1]), int(sys.argv[2])
     logging.disable(logging.CRITICAL)  # math-verify logs every answer it cannot parse
-    # The parent's Ctrl-C reaches this process too; it ends when the parent closes its stdin.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Replies go to a private copy of stdout, so that no library's print can corrupt them.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -103,7 +101,7 @@ def main() -> None:
         judge_pair(answer, answer)
     gc.freeze()  # keeps the children's collectors from touching, and so copying, the parent's pages
     print(READY, file=replies, flush=True)
-    for request in sys.stdin:
+    for request in sys.stdin:  # which ends with the parent, however that ends
         print(json.dumps(judge_pairs(json.loads(request), cpu_limit_s, num_parallel)), file=replies, flush=True)
 
 

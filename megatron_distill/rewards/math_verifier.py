@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -143,7 +144,7 @@ class MathVerifier:
                 reply = judge.stdout.readline() if judge.stdout else ""
             except BrokenPipeError:
                 reply = ""
-            if not reply:
+            if not reply.endswith("\n"):
                 self._judge = None
                 raise DistillError(
                     f"math judge = exit status {judge.wait()}: it ended while judging {len(pairs)} answers. Something "
@@ -164,18 +165,27 @@ class MathVerifier:
             str(self._cpu_limit_s),
             str(self._num_parallel),
         ]
-        judge = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+        judge = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            process_group=0,  # with its children, which hold its pipes too; and out of reach of the terminal's Ctrl-C
+        )
+        self._judge = judge
+        weakref.finalize(self, _stop_judge, judge)
         if not (judge.stdout and judge.stdout.readline()):
+            self._judge = None
             raise DistillError(
                 f"math judge = exit status {judge.wait()}: it did not start. Its error stands above. "
                 "Check that math-verify is installed: pip install math-verify."
             )
-        self._judge = judge
-        weakref.finalize(self, _stop_judge, judge)
         return judge
 
     def close(self) -> None:
-        """End the judge process, if one runs; a later ``verify`` starts another."""
+        """End the judge process, if one runs, and with it a call that waits for it; a later ``verify`` starts another."""
+        if (judge := self._judge) is not None:
+            _kill(judge)  # first: a call that was given up holds the lock until all of its answers are judged
         with self._lock:
             if self._judge is not None:
                 _stop_judge(self._judge)
@@ -190,7 +200,15 @@ class MathVerifier:
         self.close()
 
 
+def _kill(judge: subprocess.Popen[str]) -> None:
+    """End the judge and the children that it has forked."""
+    if judge.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.killpg(judge.pid, signal.SIGKILL)
+
+
 def _stop_judge(judge: subprocess.Popen[str]) -> None:
+    _kill(judge)
     for pipe in (judge.stdin, judge.stdout):
         if pipe:
             with contextlib.suppress(BrokenPipeError):  # of a judge that died, with a request unread
