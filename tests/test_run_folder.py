@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from megatron_distill.recipes import tiny
 from megatron_distill import config as config_module
 from megatron_distill.cli.main import main
 from megatron_distill.errors import CheckpointError, DistillError
-from megatron_distill.launch import processes
+from megatron_distill.launch import job_scripts, processes
 from megatron_distill.launch.launch import check_folder, opened
 from megatron_distill.launch.resume import refused_changes
 from megatron_distill.pages.report import write_report
@@ -327,6 +328,15 @@ def test_everything_tagged_is_ended_wherever_it_went() -> None:
     for process in (stopped, bystander):
         process.kill()
         process.wait()
+
+
+def test_each_variable_of_the_environment_means_one_thing() -> None:
+    """No two modules put different values under one name: a job's tasks hold the run's folder, its processes a start's tag."""
+    package = Path(processes.__file__).parents[1]
+    sources = (path.read_text() for path in package.rglob("*.py"))
+    declared = [name for text in sources for name in re.findall(r'^\w+ = "(MEGATRON_DISTILL_\w+)"', text, re.MULTILINE)]
+    assert {processes.TAG, job_scripts.RUN_VARIABLE} <= set(declared)
+    assert sorted(declared) == sorted(set(declared))
 
 
 def test_a_page_is_written_over_a_page_only(tmp_path: Path) -> None:

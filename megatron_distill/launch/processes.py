@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-TAG = "MEGATRON_DISTILL_RUN"
+TAG = "MEGATRON_DISTILL_TAG"
 """Environment variable of every process of a run; the value is one start's own."""
 
 _POLL_S = 0.1
