@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_distill.recipes.recall_task import OpenBookProblem
+from megatron_distill.recipes.recall_task import NUM_VALUES, OpenBookProblem
 
 from megatron_distill.config import (
     DataConfig,
@@ -134,15 +134,31 @@ def self_distillation() -> RunConfig:
 
 def open_book(tokenizer: Any, problem: Problem) -> list[int]:
     """What the teacher sees of a problem: the facts that it needs, then the question."""
+    return _with_page(tokenizer, problem, 0)
+
+
+def another_page(tokenizer: Any, problem: Problem) -> list[int]:
+    """As much of the book, open where the look-ups of another number stand: other facts of the same tables."""
+    return _with_page(tokenizer, problem, 1)
+
+
+def _with_page(tokenizer: Any, problem: Problem, numbers_on: int) -> list[int]:
     last = problem.messages[-1]
     start, *tables = last.content.split()
-    told = replace(last, content=OpenBookProblem(int(start), "".join(tables)).prompt())
+    page = OpenBookProblem((int(start) + numbers_on) % NUM_VALUES, "".join(tables)).page()
+    told = replace(last, content=f"{page} {last.content}")
     return encode_prompt(tokenizer, replace(problem, messages=(*problem.messages[:-1], told)))
 
 
-def without_book(config: RunConfig) -> RunConfig:
-    """The same run under a teacher that sees what the student does."""
-    return replace(config, teacher=replace(config.teacher, prompt_builder="same", max_prompt_tokens=None))
+def with_another_page(config: RunConfig) -> RunConfig:
+    """The same run under a teacher whose book is open at another page."""
+    return replace(config, teacher=replace(config.teacher, prompt_builder=f"{__file__}:another_page"))
+
+
+def by_heart(config: RunConfig) -> RunConfig:
+    """The same run under the larger teacher, which sees what the student does."""
+    teacher = replace(config.teacher, path=distil().teacher.path, prompt_builder="same", max_prompt_tokens=None)
+    return replace(config, teacher=teacher)
 
 
 def grpo() -> RunConfig:

@@ -18,16 +18,17 @@ from dataclasses import replace
 
 from megatron_distill.recipes import recall
 from megatron_distill.recipes.recall import (
+    by_heart,
     by_sequence,
     distil,
     self_distillation,
+    with_another_page,
     with_flat_teacher,
     with_hidden_states,
     with_own_stop_only,
     with_teacher_prefixes,
     with_top_k,
     with_weight,
-    without_book,
 )
 from megatron_distill.recipes.recall_arms import (
     COLUMNS,
@@ -354,20 +355,17 @@ def open_book() -> Study:
     """Self-distillation: a model that is wrong by heart under itself, which reads the facts from its prompt."""
     forward = Arm("book_w0", "own open book, w = 0", with_weight(self_distillation(), 0))
     reverse = Arm("book_w1", "own open book, w = 1", with_weight(self_distillation(), 1))
-    closed = Arm("book_closed", "itself without the book, w = 0", without_book(forward.config))
-    by_heart = Arm(
-        "book_by_heart",
-        "teacher that knows by heart, w = 0",
-        replace(closed.config, teacher=replace(closed.config.teacher, path=distil().teacher.path)),
-    )
-    direct, back, alone, taught = (Group(arm.label, (arm.name,)) for arm in (forward, reverse, closed, by_heart))
+    elsewhere = Arm("book_elsewhere", "own book, open at another page, w = 0", with_another_page(forward.config))
+    rival = Arm("book_by_heart", "teacher that knows by heart, w = 0", by_heart(forward.config))
+    direct, back, other, taught = (Group(arm.label, (arm.name,)) for arm in (forward, reverse, elsewhere, rival))
     learns = Question(
         title="A model's own open book as its teacher",
-        claim="What a model answers with the facts before it, it learns to answer without, under either direction of the KL.",
-        arms=labels(closed, forward, reverse),
+        claim="What a model answers with the facts before it, it learns to answer without, under either direction of the KL, "
+        "and by the facts: from a page of other ones it does not.",
+        arms=labels(elsewhere, forward, reverse),
         columns=("gain_avg_at_k", *COLUMNS),
         figures=(over_steps("book", "Held-out accuracy, length and entropy over training"), divergences("book")),
-        comparisons=(Comparison("avg_at_k", direct, alone), Comparison("avg_at_k", back, alone)),
+        comparisons=(Comparison("avg_at_k", direct, other), Comparison("avg_at_k", back, other)),
     )
     direction = Question(
         title="Direction of the KL under the own open book",
@@ -377,11 +375,11 @@ def open_book() -> Study:
         figures=(),
         comparisons=(Comparison("path_avg_at_k", back, direct), Comparison("entropy_nats", direct, back)),
     )
-    rival = Question(
+    larger = Question(
         title="Own open book against a teacher that knows by heart",
         claim="A larger teacher, which sees no more than the student but knows the facts, teaches faster. (Where the student "
         "has gone wrong it goes on from there; the book answers as if nothing had happened.)",
-        arms=labels(forward, by_heart),
+        arms=labels(forward, rival),
         columns=COLUMNS,
         figures=(),
         comparisons=(Comparison("path_avg_at_k", taught, direct),),
@@ -390,8 +388,8 @@ def open_book() -> Study:
         "recall-open-book",
         "A model under itself with the book open",
         "open_book",
-        (forward, reverse, closed, by_heart),
-        (learns, direction, rival),
+        (forward, reverse, elsewhere, rival),
+        (learns, direction, larger),
         scope="A model of 0.06 million parameters that is wrong by heart about many facts, and right with them in its prompt, "
         "is its own teacher. One task, one such model; seeds vary the distillation.",
     )

@@ -108,13 +108,17 @@ class OpenBookProblem(RecallProblem):
 
     def prompt(self) -> str:
         """The facts, then the question."""
+        return f"{self.page()} {super().prompt()}"
+
+    def page(self) -> str:
+        """The facts alone."""
         number, entries = self.start, []
         for table in self.tables:
             found = facts()[table, number]
             entries.append(f"{number} {table} {found} ;")
             number = found
         random.Random(self.id).shuffle(entries)
-        return " ".join((*entries, super().prompt()))
+        return " ".join(entries)
 
 
 def sample_problem(rng: random.Random, min_steps: int = MIN_STEPS, max_steps: int = MAX_STEPS) -> RecallProblem:

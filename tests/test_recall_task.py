@@ -73,7 +73,8 @@ def test_right_solutions_are_right_step_by_step(tmp_path: Path) -> None:
 
 
 def test_the_open_book_holds_the_facts_of_the_solution_in_another_order() -> None:
-    """Each look-up once, before the same question; the longest that the recipe's teacher is shown is as long as it may be."""
+    """Each look-up once, before the same question; the longest that the recipe's teacher is shown is as long as it may be. The
+    page of the control tells as many, and none of these."""
     config = recall.self_distillation()
     vocabulary = load_vocabulary(config.student.path, config.teacher.path, config.rollouts.stop_tokens)
     problems = held_out_problems()[:64]
@@ -86,6 +87,10 @@ def test_the_open_book_holds_the_facts_of_the_solution_in_another_order() -> Non
         in_order += looked_up(f"{book} ;") == needed
         ids = recall.open_book(vocabulary.tokenizer, Problem(problem.id, (Message("user", question),), ""))
         assert prompt in vocabulary.decode(ids)
+        shown = recall.another_page(vocabulary.tokenizer, Problem(problem.id, (Message("user", question),), ""))
+        page, _, asked = vocabulary.decode(shown).rpartition(" ; ")
+        assert asked.startswith(question) and len(looked_up(f"{page} ;")) == len(needed)
+        assert not set(looked_up(f"{page} ;")) & set(needed)
         longest = max(longest, len(ids))
     assert in_order < len(problems) / 8 and longest == config.teacher.max_prompt_tokens
 

@@ -330,6 +330,14 @@ def test_recipes_are_sound_whole_and_quick(name: str) -> None:
     assert max(arm.config.num_steps for arm in quick.arms) < min(arm.config.num_steps for arm in study.arms)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in every(Study) if not name.startswith("qwen3")])
+def test_studies_of_models_that_are_here_pass_the_check_before_their_first_run(name: str, tmp_path: Path) -> None:
+    """With their models, data and prompts."""
+    study = every(Study)[name]()
+    assert len(planned(study, tmp_path, study.seeds[:1]).missing) == len(study.arms)
+
+
 def test_the_study_shares_arms_between_questions() -> None:
     """The tiny study asks what it was made for: the grid, five weights, three horizons, each arm run once."""
     study = tiny.study()
