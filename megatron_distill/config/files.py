@@ -101,8 +101,10 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], check_rules: boo
 
 
 def save(config: RunConfig, path: Path) -> None:
-    """Write the resolved config as JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    """Write the resolved config as JSON, through a temporary name: a start that is killed leaves all of it or none."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    temporary.replace(path)
 
 
 def load(path: Path) -> RunConfig:

@@ -33,7 +33,7 @@ from megatron_distill.convert.hf_files import (
     write_config,
 )
 from megatron_distill.convert.layout import hf_of_shards, shard_of_hf
-from megatron_distill.errors import CheckpointError
+from megatron_distill.errors import CheckpointError, DistillError
 from megatron_distill.models.families import EMBEDDING, OUTPUT_LAYER, Rule, canonical_name, tensor_rules
 from megatron_distill.models.hf_config import HfConfig
 
@@ -189,13 +189,13 @@ def receive(
         group: gloo group of all ranks, over which they agree on how it ended; None is the default group.
 
     Raises:
-        CheckpointError: what ``use`` raised, as any OSError, on every rank alike, once all buckets are through.
+        DistillError: what ``use`` raised, as any OSError, on every rank alike, once all buckets are through.
     """
     failure: list[Exception | None] = [None]
     if dist.get_rank() == RECEIVER:
         try:
             use()
-        except (CheckpointError, OSError) as error:
+        except (DistillError, OSError) as error:
             failure[0] = error
     for _ in buckets:  # the other ranks' part; on the receiver what a failure left, so that nobody is left waiting
         pass
