@@ -5,6 +5,7 @@ folder, under a name made of the source, the compiler and the processor, so that
 other's instructions.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -62,10 +63,11 @@ def library(source: Path, headers: Sequence[Path], target: str = "-march=native"
     for folder in _cache_folders():
         built = folder / f"{source.stem}_{key.hexdigest()[:16]}.so"
         if built.exists() or _compile([cxx, *FLAGS, target, str(source)], built):
-            return ctypes.CDLL(str(built))
+            with contextlib.suppress(OSError):  # of a folder from which nothing may be executed
+                return ctypes.CDLL(str(built))
     raise BuildError(
-        f"cache folder = {', '.join(map(str, _cache_folders()))}: none can be written to. CPU kernels are built there. Set "
-        "XDG_CACHE_HOME to a folder that can."
+        f"cache folder = {', '.join(map(str, _cache_folders()))}: none can be written to, and executed from. CPU kernels are "
+        "built there. Set XDG_CACHE_HOME to a folder that can."
     )
 
 
@@ -82,8 +84,10 @@ def call(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
             converted.append(ctypes.c_float(argument))
         elif isinstance(argument, ctypes.Structure):
             converted.append(ctypes.byref(argument))
+        elif argument is None:
+            converted.append(None)
         else:
-            converted.append(argument)
+            raise TypeError(f"{name}: no kernel takes a {type(argument).__name__}")
     getattr(library, name)(*converted, ctypes.c_int32(torch.get_num_threads()))
 
 

@@ -25,7 +25,7 @@ from megatron_distill.losses import kernels
 
 Backend = Literal["triton", "cpp", "inductor", "eager"]
 
-_NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Kernels(NamedTuple):
@@ -67,7 +67,7 @@ def kernels_for(logits: Tensor, backend: Backend | None) -> Kernels:
             f"backend = {name!r}: must be one of {', '.join(map(repr, get_args(Backend)))}, or None. It names who does the "
             "arithmetic. Use None: it picks by device."
         )
-    if name in ("triton", "cpp") and logits.dtype not in _NATIVE_DTYPES:
+    if name in ("triton", "cpp") and logits.dtype not in NATIVE_DTYPES:
         raise LossError(
             f"backend = {name!r}: needs bf16, fp16 or fp32 logits, not {logits.dtype}. Its arithmetic is fp32. Use "
             "backend='eager' for float64."
@@ -77,11 +77,14 @@ def kernels_for(logits: Tensor, backend: Backend | None) -> Kernels:
             f"backend = 'cpp': needs CPU tensors, not {logits.device.type}. It reads memory itself. Use backend=None: it picks "
             "by device."
         )
-    return _load(name)
+    try:
+        return _load(name)
+    except (BuildError, ImportError) as error:
+        raise LossError(f"backend = {name!r}: cannot run here: {error} Use backend=None: it picks what can.") from error
 
 
 def _fastest(logits: Tensor) -> Backend:
-    if logits.dtype in _NATIVE_DTYPES:
+    if logits.dtype in NATIVE_DTYPES:
         if logits.device.type == "cuda" and _has_triton():
             return "triton"
         if logits.device.type == "cpu" and _has_compiler():
@@ -116,6 +119,8 @@ def _load(name: Backend) -> Kernels:
         from megatron_distill.losses import triton_launch as functions
     elif name == "cpp":
         from megatron_distill.losses import cpu_kernels as functions
+
+        functions.library()
     else:
         functions = kernels
     names = Kernels._fields[2:]

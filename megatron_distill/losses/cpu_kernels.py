@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_distill import compiler
-from megatron_distill.losses.kernels import Mixture
+from megatron_distill.losses.kernels import Mixture, floats, readable
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 HEADERS = (SOURCE.with_name("cpu_rows.h"), SOURCE.with_name("cpu_vectors.h"))
@@ -54,15 +54,6 @@ def _rows(tensor: Tensor) -> _Rows:
     return _Rows(tensor.data_ptr(), tensor.stride(0), TYPES[tensor.dtype])
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """With columns side by side, as the kernels walk them."""
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
-
-
-def _floats(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32).contiguous()
-
-
 def _call(name: str, *arguments: Any) -> None:
     compiler.call(library(), name, *arguments)
 
@@ -81,7 +72,7 @@ def _write(name: str, out_TV: Tensor, *arguments: Any) -> None:
 
 def kl_statistics(z_TV: Tensor, t_TV: Tensor, excluded_V: Tensor | None, inverse_temperature: float) -> Tensor:
     """See ``kernels.kl_statistics``."""
-    z, t = _readable(z_TV), _readable(t_TV)
+    z, t = readable(z_TV), readable(t_TV)
     out_T8 = z.new_empty(z.shape[0], 8, dtype=torch.float32)
     _call("kl_statistics", _rows(z), _rows(t), excluded_V, *z.shape, inverse_temperature, out_T8)
     return out_T8
@@ -97,8 +88,8 @@ def kl_gradient_(
     inverse_temperature: float,
 ) -> None:
     """See ``kernels.kl_gradient_``."""
-    z, t = _readable(z_TV), _readable(t_TV)
-    rows = (_floats(normalisers_T5), _floats(weight_T), _floats(upstream_T))
+    z, t = readable(z_TV), readable(t_TV)
+    rows = (floats(normalisers_T5), floats(weight_T), floats(upstream_T))
     _write("kl_gradient", out_TV, _rows(z), _rows(t), *z.shape, *rows, inverse_temperature)
 
 
@@ -111,7 +102,7 @@ def mixture_statistics(
     inverse_temperature: float,
 ) -> Tensor:
     """See ``kernels.mixture_statistics``."""
-    z, t, normalisers = _readable(z_TV), _readable(t_TV), _floats(normalisers_T5)
+    z, t, normalisers = readable(z_TV), readable(t_TV), floats(normalisers_T5)
     out_T2 = z.new_empty(z.shape[0], 2, dtype=torch.float32)
     rows = (excluded_V, *z.shape, normalisers, _Mixture(*mixture), inverse_temperature, out_T2)
     _call("mixture_statistics", _rows(z), _rows(t), *rows)
@@ -129,8 +120,8 @@ def mixture_gradient_(
     inverse_temperature: float,
 ) -> None:
     """See ``kernels.mixture_gradient_``."""
-    z, t = _readable(z_TV), _readable(t_TV)
-    rows = (_floats(normalisers_T5), _floats(mean_slope_T), _floats(upstream_T), _Mixture(*mixture))
+    z, t = readable(z_TV), readable(t_TV)
+    rows = (floats(normalisers_T5), floats(mean_slope_T), floats(upstream_T), _Mixture(*mixture))
     _write("mixture_gradient", out_TV, _rows(z), _rows(t), *z.shape, *rows, inverse_temperature)
 
 
@@ -149,14 +140,14 @@ def softmax_gradient_(
     inverse_temperature: float,
 ) -> None:
     """See ``kernels.softmax_gradient_``."""
-    z = _readable(z_TV)
-    rows = (_floats(normalisers_T2), _floats(upstream_T), _floats(entropy_upstream_T), _floats(entropy_T))
+    z = readable(z_TV)
+    rows = (floats(normalisers_T2), floats(upstream_T), floats(entropy_upstream_T), floats(entropy_T))
     _write("softmax_gradient", out_TV, _rows(z), *z.shape, *rows, inverse_temperature)
 
 
 def rest_statistics(z_TV: Tensor, columns_TN: Tensor, inverse_temperature: float) -> Tensor:
     """See ``kernels.rest_statistics``."""
-    z, columns = _readable(z_TV), columns_TN.contiguous()
+    z, columns = readable(z_TV), columns_TN.contiguous()
     out_T3 = z.new_empty(z.shape[0], 3, dtype=torch.float32)
     _call("softmax_statistics", _rows(z), *z.shape, columns, columns.shape[1], inverse_temperature, out_T3)
     return out_T3
@@ -172,7 +163,7 @@ def rest_gradient_(
     inverse_temperature: float,
 ) -> None:
     """See ``kernels.rest_gradient_``."""
-    z, columns = _readable(z_TV), columns_TN.contiguous()
-    chosen = (columns, _floats(chosen_grad_TN), columns.shape[1])
-    rows = (*z.shape, *chosen, _floats(rest_T3), _floats(upstream_T), inverse_temperature)
+    z, columns = readable(z_TV), columns_TN.contiguous()
+    chosen = (columns, floats(chosen_grad_TN), columns.shape[1])
+    rows = (*z.shape, *chosen, floats(rest_T3), floats(upstream_T), inverse_temperature)
     _write("rest_gradient", out_TV, _rows(z), *rows)

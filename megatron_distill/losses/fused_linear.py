@@ -22,6 +22,7 @@ from megatron_distill.losses.kl import (
     KLPlan,
     KLTerms,
     check_pair,
+    inverse_temperature,
     local_statistics,
     mixed_loss,
     reverse_kl_weights,
@@ -71,7 +72,7 @@ def fused_linear_distill_kl(
     Raises:
         LossError: hidden states and heads that do not fit, or as in ``distill_kl``.
     """
-    check_pair(student_hidden, teacher_hidden, temperature)
+    check_pair(student_hidden, teacher_hidden)
     for name, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
         if head.dim() != 2 or head.shape[1] != hidden.shape[-1]:
             raise LossError(
@@ -89,7 +90,9 @@ def fused_linear_distill_kl(
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
         teacher_head.detach(),
         reverse_kl_weights(reverse_kl_weight, student_hidden),
-        KLPlan(shards, 1.0 / temperature, chunk, kernels_for(student_hidden, backend), grad_in_place=True),
+        KLPlan(
+            shards, inverse_temperature(temperature), chunk, kernels_for(student_hidden, backend), grad_in_place=True
+        ),
         tp_group,
         reduce_hidden_grad,
     )

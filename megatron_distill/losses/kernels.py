@@ -60,6 +60,16 @@ def finite_or_zero(maximum: Tensor) -> Tensor:
     return torch.where(maximum == -torch.inf, 0.0, maximum)
 
 
+def readable(tensor: Tensor) -> Tensor:
+    """With columns side by side, as compiled kernels walk them."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def floats(tensor: Tensor) -> Tensor:
+    """In fp32, without gaps."""
+    return tensor.to(torch.float32).contiguous()
+
+
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
     """``weights * values`` with 0 * inf = 0, so that impossible tokens cost nothing; NaN weights stay NaN."""
     return torch.where(weights == 0, 0.0, weights * values)
@@ -163,10 +173,11 @@ def kl_gradient_(
         inverse_temperature: 1 / temperature.
     """
     log_q, log_p = log_probs(z_TV, t_TV, normalisers_T5, inverse_temperature)
-    weight, scale = weight_T.unsqueeze(1), (upstream_T * inverse_temperature).unsqueeze(1)
+    scale = (upstream_T * inverse_temperature).unsqueeze(1)
+    to_reverse = scale * weight_T.unsqueeze(1)  # 0 for a token that does not count, whose KL may be infinite
     q, p = log_q.exp(), log_p.exp()
-    reverse = weighted(weight * q, log_q.sub_(log_p).sub_(normalisers_T5[:, 4:]))
-    out_TV.copy_(q.sub_(p).mul_(1 - weight).add_(reverse).mul_(scale))
+    reverse = weighted(to_reverse * q, log_q.sub_(log_p).sub_(normalisers_T5[:, 4:]))
+    out_TV.copy_(q.sub_(p).mul_(scale - to_reverse).add_(reverse))
 
 
 def softmax_statistics(z_TV: Tensor, inverse_temperature: float) -> Tensor:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_distill.errors import LossError
-from megatron_distill.losses.backends import Backend, Kernels, kernels_for
+from megatron_distill.losses.backends import NATIVE_DTYPES, Backend, Kernels, kernels_for
 from megatron_distill.losses.first_order import first_order
 from megatron_distill.losses.kernels import (
     compute_dtype,
@@ -123,7 +123,7 @@ def distill_kl(
         LossError: a weight outside [0, 1], a temperature that is not positive, shapes that do not fit, or a fault named
             in ``vocab_shards``. In the backward: the logits were overwritten after the loss was taken.
     """
-    check_pair(student_logits, teacher_logits, temperature)
+    check_pair(student_logits, teacher_logits)
     num_columns = student_logits.shape[-1]
     student_TV, teacher_TV = (
         student_logits.reshape(-1, num_columns),
@@ -137,7 +137,8 @@ def distill_kl(
     shards = vocab_shards(
         num_columns, teacher_TV.shape[1], tp_group, vocab_size, stop_token_groups, student_logits.device
     )
-    plan = KLPlan(shards, 1.0 / temperature, chunk_tokens, kernels_for(student_logits, backend), grad_in_place)
+    inverse, kernels = inverse_temperature(temperature), kernels_for(student_logits, backend)
+    plan = KLPlan(shards, inverse, chunk_tokens, kernels, grad_in_place)
     weight_T = reverse_kl_weights(reverse_kl_weight, student_logits)
     terms = _DistillKL.apply(student_TV, teacher_TV.detach(), weight_T, plan, tp_group)
     return KLTerms(*(term.view(student_logits.shape[:-1]) for term in terms))
@@ -157,8 +158,8 @@ class KLPlan(NamedTuple):
         return self.kernels.chunks(logits_TV, self.chunk_tokens)
 
 
-def check_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
-    """Refuse logits that are not about the same tokens.
+def check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Refuse logits that are not about the same tokens, or not of a place and kind that kernels read side by side.
 
     Raises:
         LossError: see ``distill_kl``.
@@ -168,19 +169,31 @@ def check_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
             f"teacher_logits = {tuple(teacher_logits.shape)}: must match student_logits {tuple(student_logits.shape)} in "
             "all but the last dimension. The loss compares the two models token by token. Align the teacher's tokens."
         )
-    check_temperature(temperature)
+    if student_logits.device != teacher_logits.device:
+        raise LossError(
+            f"teacher_logits = on {teacher_logits.device}: must be where student_logits are, on {student_logits.device}. "
+            "Kernels read both. Move one of them."
+        )
+    if teacher_logits.dtype not in (*NATIVE_DTYPES, student_logits.dtype):
+        raise LossError(
+            f"teacher_logits = of {teacher_logits.dtype}: must be bf16, fp16 or fp32, or float64 beside a float64 student. The "
+            f"arithmetic is the student's, of {student_logits.dtype}. Convert the teacher's."
+        )
 
 
-def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that is not positive.
+def inverse_temperature(temperature: float) -> float:
+    """1 / temperature as a number, which is what kernels take.
 
     Raises:
-        LossError: as said.
+        LossError: it is not positive, or a tensor that would have a gradient.
     """
+    if isinstance(temperature, Tensor) and temperature.requires_grad:
+        raise LossError("temperature = a tensor that requires a gradient: it gets none here. Pass a number.")
     if not temperature > 0:
         raise LossError(
             f"temperature = {temperature}: must be positive. It divides the logits. Use 1.0 for the plain distributions."
         )
+    return 1.0 / float(temperature)
 
 
 def reverse_kl_weights(weight: float | Tensor, logits: Tensor) -> Tensor:

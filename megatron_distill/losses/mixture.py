@@ -20,6 +20,7 @@ from megatron_distill.losses.kl import (
     KLPlan,
     KLTerms,
     check_pair,
+    inverse_temperature,
     saved_logits,
     shared_among_members,
     summarise_logits,
@@ -117,12 +118,13 @@ def _mixture_divergence(
     chunk_tokens: int | None,
     backend: Backend | None,
 ) -> KLTerms:
-    check_pair(student_logits, teacher_logits, temperature)
+    check_pair(student_logits, teacher_logits)
     student_TV = student_logits.reshape(-1, student_logits.shape[-1])
     teacher_TV = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
     widths = (student_TV.shape[1], teacher_TV.shape[1])
     shards = vocab_shards(*widths, tp_group, vocab_size, stop_token_groups, student_logits.device)
-    plan = KLPlan(shards, 1.0 / temperature, chunk_tokens, kernels_for(student_logits, backend), grad_in_place=False)
+    inverse, kernels = inverse_temperature(temperature), kernels_for(student_logits, backend)
+    plan = KLPlan(shards, inverse, chunk_tokens, kernels, grad_in_place=False)
     terms = _MixtureDivergence.apply(student_TV, teacher_TV, mixture, plan, tp_group)
     return KLTerms(*(term.view(student_logits.shape[:-1]) for term in terms))
 

@@ -8,7 +8,7 @@ unbiased *value* is not an unbiased *gradient*, because the samples depend on th
 asks which divergence is wanted and who wrote the tokens, and refuses what would descend on something else.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from megatron_distill.errors import LossError
 from megatron_distill.losses.backends import Backend, kernels_for
 from megatron_distill.losses.columns import TokenPlan, column_shard, locate, look_up
 from megatron_distill.losses.first_order import first_order
-from megatron_distill.losses.kl import check_temperature, saved_logits
+from megatron_distill.losses.kl import inverse_temperature, saved_logits
 
 
 class TokenTerms(NamedTuple):
@@ -61,14 +61,14 @@ def vocab_parallel_logprobs(
     Raises:
         LossError: ids and logits do not fit, or a temperature that is not positive.
     """
-    check_temperature(temperature)
+    inverse = inverse_temperature(temperature)
     if token_ids.shape != logits.shape[:-1]:
         raise LossError(
             f"token_ids = {tuple(token_ids.shape)}: must be {tuple(logits.shape[:-1])}, one id per token. "
             "Position t of the logits predicts token t + 1: shift the ids, do not drop a position of one of the two."
         )
     shard = column_shard(logits.shape[-1], tp_group, vocab_size)
-    plan = TokenPlan(shard, 1.0 / temperature, chunk_tokens, kernels_for(logits, backend))
+    plan = TokenPlan(shard, inverse, chunk_tokens, kernels_for(logits, backend))
     logits_TV = logits.reshape(-1, logits.shape[-1])
     logprobs, entropy = _Logprobs.apply(logits_TV, token_ids.reshape(-1, 1), plan, tp_group)
     return TokenTerms(logprobs.view(token_ids.shape), entropy.view(token_ids.shape))
@@ -188,8 +188,16 @@ def sampled_kl(
         SampledTerms.
 
     Raises:
-        LossError: the combination descends on something else.
+        LossError: an unknown word, or a combination that descends on something else.
     """
+    words = {
+        "direction": (direction, Direction),
+        "sampled_from": (sampled_from, Source),
+        "estimator": (estimator, Estimator),
+    }
+    for name, (word, known) in words.items():
+        if word not in get_args(known):
+            raise LossError(f"{name} = {word!r}: must be one of {', '.join(map(repr, get_args(known)))}.")
     reason = _NO_REVERSE_FROM_TEACHER if (direction, sampled_from) == ("reverse", "teacher") else None
     reason = reason or _REFUSED.get((direction, sampled_from, estimator))
     if reason is not None:

@@ -11,7 +11,7 @@ from megatron_distill.errors import LossError
 from megatron_distill.losses.backends import Backend, kernels_for
 from megatron_distill.losses.columns import TokenPlan, column_shard, look_up
 from megatron_distill.losses.kernels import compute_dtype, merge_softmax_statistics
-from megatron_distill.losses.kl import check_temperature
+from megatron_distill.losses.kl import inverse_temperature
 from megatron_distill.losses.shards import exchange
 
 
@@ -40,7 +40,7 @@ def vocab_parallel_topk(
     Raises:
         LossError: k is not in [1, vocab_size], or a temperature that is not positive.
     """
-    check_temperature(temperature)
+    inverse = inverse_temperature(temperature)
     shard = column_shard(logits.shape[-1], tp_group, vocab_size)
     if not 1 <= k <= shard.vocab_size:
         raise LossError(f"k = {k}: must lie in [1, {shard.vocab_size}], the vocabulary. Ask for fewer tokens.")
@@ -54,9 +54,9 @@ def vocab_parallel_topk(
     kernels = kernels_for(logits, backend)
     for c in kernels.chunks(flat_TV, None) if here else ():
         held_TV = flat_TV[c, : shard.width]
-        packed[c, :3] = kernels.softmax_statistics(held_TV, 1.0 / temperature)
+        packed[c, :3] = kernels.softmax_statistics(held_TV, inverse)
         values, columns = held_TV.topk(here, dim=1)
-        packed[c, 3 : 3 + here] = values.to(dtype) / temperature
+        packed[c, 3 : 3 + here] = values.to(dtype) * inverse
         packed[c, 3 + k : 3 + k + here] = (columns + shard.start).to(dtype)
     stats_RTS, _ = exchange(packed, packed.new_empty(num_tokens, 0), tp_group)
     maximum, total, _ = merge_softmax_statistics(stats_RTS[:, :, :3]).unbind(dim=1)
@@ -92,14 +92,14 @@ def vocab_parallel_gather_logprobs(
     Raises:
         LossError: ids and logits do not fit, or a temperature that is not positive.
     """
-    check_temperature(temperature)
+    inverse = inverse_temperature(temperature)
     if token_ids.shape[:-1] != logits.shape[:-1]:
         raise LossError(
             f"token_ids = {tuple(token_ids.shape)}: must be {tuple(logits.shape[:-1])} and one more dimension, the ids asked "
             "for at each position. Add it, or use vocab_parallel_logprobs for one id a position."
         )
     shard = column_shard(logits.shape[-1], tp_group, vocab_size)
-    plan = TokenPlan(shard, 1.0 / temperature, None, kernels_for(logits, backend))
+    plan = TokenPlan(shard, inverse, None, kernels_for(logits, backend))
     logits_TV, ids_TK = logits.detach().reshape(-1, logits.shape[-1]), token_ids.reshape(-1, token_ids.shape[-1])
     stats_T3, chosen_TK = look_up(logits_TV, ids_TK, plan, tp_group)
     maximum, total, _ = stats_T3.unbind(dim=1)

@@ -32,7 +32,7 @@ from megatron_distill.losses.kernels import (
     merge_softmax_statistics,
     weighted,
 )
-from megatron_distill.losses.kl import as_normaliser, check_temperature, mixed_loss, reverse_kl_weights, saved_logits
+from megatron_distill.losses.kl import as_normaliser, inverse_temperature, mixed_loss, reverse_kl_weights, saved_logits
 from megatron_distill.losses.shards import StopTokenGroups, check_stop_token_groups, exchange
 
 Tail = Literal["bucket", "renormalised", "dropped"]
@@ -112,7 +112,7 @@ def distill_kl_topk(
         LossError: shapes that do not fit, ``tail="renormalised"`` with K = 1 (identically zero), or a fault named in
             ``distill_kl``.
     """
-    check_temperature(temperature)
+    inverse = inverse_temperature(temperature)
     shape = student_logits.shape[:-1]
     _check_topk(student_logits, topk_ids, topk_logprobs, tail)
     shard = column_shard(student_logits.shape[-1], tp_group, vocab_size)
@@ -127,7 +127,7 @@ def distill_kl_topk(
     ids_TK = topk_ids.detach().reshape(-1, topk_ids.shape[-1])
     logprobs_TK = topk_logprobs.detach().reshape(ids_TK.shape).to(dtype)
     slots = _slots(ids_TK, logprobs_TK, groups, None if stop_logprobs is None else stop_logprobs.detach().to(dtype))
-    plan = _TopKPlan(shard, 1.0 / temperature, tail, chunk_tokens, kernels_for(student_logits, backend))
+    plan = _TopKPlan(shard, inverse, tail, chunk_tokens, kernels_for(student_logits, backend))
     terms = _TopKKL.apply(
         student_logits.reshape(-1, student_logits.shape[-1]),
         reverse_kl_weights(reverse_kl_weight, student_logits),
@@ -336,6 +336,10 @@ class _TopKKL(torch.autograd.Function):
         grad_TV = torch.empty_like(logits_TV)
         grad_TV[:, width:].zero_()
         columns_TN = locate(ids_TN, plan.shard)
+        # A token that does not count may have an infinite loss: its gradient is 0 all the same.
+        counts_T1 = (upstream_T != 0).unsqueeze(1)
+        slot_grad_TN = torch.where(counts_T1, slot_grad_TN, 0.0)
+        rest_T3 = torch.cat([rest_T3[:, :2], torch.where(counts_T1, rest_T3[:, 2:], 0.0)], dim=1)
         for c in plan.kernels.chunks(logits_TV, plan.chunk_tokens) if width else ():
             rows = (columns_TN[c], slot_grad_TN[c], rest_T3[c], upstream_T[c], plan.inverse_temperature)
             plan.kernels.rest_gradient_(grad_TV[c, :width], logits_TV[c, :width], *rows)

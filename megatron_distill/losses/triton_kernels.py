@@ -168,10 +168,11 @@ def kl_gradient(
     log_q = _log_prob(z + row * z_stride, start, num_columns, scale, normalisers + row * 5, 0, 1, BLOCK)
     log_p = _log_prob(t + row * t_stride, start, num_columns, scale, normalisers + row * 5, 2, 3, BLOCK)
     w = tl.load(weight + row)
+    u = tl.load(upstream + row) * scale  # 0 for a token that does not count, whose KL may be infinite
     q = tl.exp(log_q)
     p = tl.exp(log_p)
-    reverse = _weighted(w * q, log_q - log_p - tl.load(normalisers + row * 5 + 4))
-    grad = ((q - p) * (1 - w) + reverse) * (tl.load(upstream + row) * scale)
+    reverse = _weighted(u * w * q, log_q - log_p - tl.load(normalisers + row * 5 + 4))
+    grad = (q - p) * (u * (1 - w)) + reverse
     _write(out + row * out_stride, grad, start, num_columns, BLOCK)
 
 

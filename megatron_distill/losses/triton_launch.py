@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_distill.errors import LossError
 from megatron_distill.losses import triton_kernels
-from megatron_distill.losses.kernels import Mixture
+from megatron_distill.losses.kernels import Mixture, floats, readable
 from megatron_distill.losses.triton_configs import config_for
 
 
@@ -41,15 +41,6 @@ def _cut(kernel: Any, num_columns: int, device: torch.device) -> dict[str, int]:
     return {"BLOCK": config.block, "num_warps": config.num_warps}
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """With columns side by side, as the kernels walk them."""
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
-
-
-def _floats(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32).contiguous()
-
-
 def _summarise(kernel: Any, width: int, z: Tensor, *arguments: Any, excludes: bool) -> Tensor:
     """One program a row; ``[T, width]``."""
     num_tokens, num_columns = z.shape
@@ -62,7 +53,7 @@ def _summarise(kernel: Any, width: int, z: Tensor, *arguments: Any, excludes: bo
 
 def _write(kernel: Any, out_TV: Tensor, *arguments: Any, strides: tuple[int, ...], scalars: tuple[float, ...]) -> None:
     """One program per row and block; through a buffer where the columns of ``out_TV`` do not lie side by side."""
-    direct = _readable(out_TV)
+    direct = readable(out_TV)
     num_tokens, num_columns = direct.shape
     block = _cut(kernel, num_columns, direct.device)
     if num_tokens:
@@ -75,7 +66,7 @@ def _write(kernel: Any, out_TV: Tensor, *arguments: Any, strides: tuple[int, ...
 
 def kl_statistics(z_TV: Tensor, t_TV: Tensor, excluded_V: Tensor | None, inverse_temperature: float) -> Tensor:
     """See ``kernels.kl_statistics``."""
-    z, t = _readable(z_TV), _readable(t_TV)
+    z, t = readable(z_TV), readable(t_TV)
     excluded = z if excluded_V is None else excluded_V.view(torch.uint8)
     arguments = (t, excluded, z.stride(0), t.stride(0), z.shape[1], inverse_temperature)
     return _summarise(triton_kernels.kl_statistics, 8, z, *arguments, excludes=excluded_V is not None)
@@ -91,8 +82,8 @@ def kl_gradient_(
     inverse_temperature: float,
 ) -> None:
     """See ``kernels.kl_gradient_``."""
-    z, t = _readable(z_TV), _readable(t_TV)
-    rows = (_floats(normalisers_T5), _floats(weight_T), _floats(upstream_T))
+    z, t = readable(z_TV), readable(t_TV)
+    rows = (floats(normalisers_T5), floats(weight_T), floats(upstream_T))
     strides = (z.stride(0), t.stride(0))
     _write(triton_kernels.kl_gradient, out_TV, z, t, *rows, strides=strides, scalars=(inverse_temperature,))
 
@@ -106,9 +97,9 @@ def mixture_statistics(
     inverse_temperature: float,
 ) -> Tensor:
     """See ``kernels.mixture_statistics``."""
-    z, t = _readable(z_TV), _readable(t_TV)
+    z, t = readable(z_TV), readable(t_TV)
     excluded = z if excluded_V is None else excluded_V.view(torch.uint8)
-    tensors = (t, excluded, _floats(normalisers_T5))
+    tensors = (t, excluded, floats(normalisers_T5))
     arguments = (*tensors, z.stride(0), t.stride(0), z.shape[1], inverse_temperature, *map(float, mixture))
     return _summarise(triton_kernels.mixture_statistics, 2, z, *arguments, excludes=excluded_V is not None)
 
@@ -124,8 +115,8 @@ def mixture_gradient_(
     inverse_temperature: float,
 ) -> None:
     """See ``kernels.mixture_gradient_``."""
-    z, t = _readable(z_TV), _readable(t_TV)
-    rows = (_floats(normalisers_T5), _floats(mean_slope_T), _floats(upstream_T))
+    z, t = readable(z_TV), readable(t_TV)
+    rows = (floats(normalisers_T5), floats(mean_slope_T), floats(upstream_T))
     scalars = (inverse_temperature, *map(float, mixture))
     strides = (z.stride(0), t.stride(0))
     _write(triton_kernels.mixture_gradient, out_TV, z, t, *rows, strides=strides, scalars=scalars)
@@ -133,7 +124,7 @@ def mixture_gradient_(
 
 def softmax_statistics(z_TV: Tensor, inverse_temperature: float) -> Tensor:
     """See ``kernels.softmax_statistics``."""
-    z = _readable(z_TV)
+    z = readable(z_TV)
     arguments = (z, z.stride(0), 0, z.shape[1], inverse_temperature)
     return _summarise(triton_kernels.softmax_statistics, 3, z, *arguments, excludes=False)
 
@@ -148,15 +139,15 @@ def softmax_gradient_(
     inverse_temperature: float,
 ) -> None:
     """See ``kernels.softmax_gradient_``."""
-    z = _readable(z_TV)
-    rows = (_floats(normalisers_T2), _floats(upstream_T), _floats(entropy_upstream_T), _floats(entropy_T))
+    z = readable(z_TV)
+    rows = (floats(normalisers_T2), floats(upstream_T), floats(entropy_upstream_T), floats(entropy_T))
     scalars = (inverse_temperature,)
     _write(triton_kernels.softmax_gradient, out_TV, z, *rows, strides=(z.stride(0),), scalars=scalars)
 
 
 def rest_statistics(z_TV: Tensor, columns_TN: Tensor, inverse_temperature: float) -> Tensor:
     """See ``kernels.rest_statistics``."""
-    z = _readable(z_TV)
+    z = readable(z_TV)
     # Ascending, with an end mark: a row's blocks pass its chosen columns one after the other.
     ends = columns_TN.new_full((z.shape[0], 1), z.shape[1])
     chosen = torch.cat([columns_TN.sort(dim=1).values, ends], dim=1)
@@ -174,17 +165,17 @@ def rest_gradient_(
     inverse_temperature: float,
 ) -> None:
     """See ``kernels.rest_gradient_``."""
-    z, columns, upstream = _readable(z_TV), columns_TN.contiguous(), _floats(upstream_T)
-    direct = _readable(out_TV)
+    z, columns, upstream = readable(z_TV), columns_TN.contiguous(), floats(upstream_T)
+    direct = readable(out_TV)
     scalars = (inverse_temperature,)
-    _write(triton_kernels.rest_gradient, direct, z, _floats(rest_T3), upstream, strides=(z.stride(0),), scalars=scalars)
+    _write(triton_kernels.rest_gradient, direct, z, floats(rest_T3), upstream, strides=(z.stride(0),), scalars=scalars)
     num_tokens, num_chosen = columns.shape
     if num_tokens and num_chosen:
         sizes = (direct.stride(0), z.shape[1], num_chosen, inverse_temperature)
         slots = triton.next_power_of_2(num_chosen)
         with _on_device(z):
             triton_kernels.chosen_gradient[(num_tokens,)](
-                direct, columns, _floats(chosen_grad_TN), upstream, *sizes, BLOCK=slots, num_warps=1
+                direct, columns, floats(chosen_grad_TN), upstream, *sizes, BLOCK=slots, num_warps=1
             )
     if direct is not out_TV:
         out_TV.copy_(direct)

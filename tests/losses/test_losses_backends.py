@@ -1,14 +1,18 @@
 """Backends: chosen by device, dtype and what the machine has; equal whatever runs, however the tensors lie in memory."""
 
+import ctypes
 import math
 import os
 import platform
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_distill.errors import LossError
+from megatron_distill import compiler
+from megatron_distill.errors import BuildError, LossError
 from megatron_distill.losses import (
     backends,
     cpu_kernels,
@@ -136,6 +140,49 @@ def test_large_gradients_are_written_past_the_caches() -> None:
     assert torch.equal(whole, by_row)
 
 
+@pytest.mark.parametrize("name", ["kl", "jsd", "topk", "logprobs"])
+def test_a_temperature_may_be_a_tensor_that_holds_a_number(name) -> None:
+    """One that an annealing loop made, say; one that asks for a gradient is refused, since it would get none."""
+    student, teacher = models(3, 60, torch.float32)
+    ids = favourites(3, 60)
+    call = {
+        "kl": lambda **o: distill_kl(student, teacher, reverse_kl_weight=0.3, **o).loss,
+        "jsd": lambda **o: distill_jsd(student, teacher, **o).loss,
+        "topk": lambda **o: distill_kl_topk(student, ids, ids * -0.5 - 2, reverse_kl_weight=0.3, **o).loss,
+        "logprobs": lambda **o: vocab_parallel_logprobs(student, ids[:, 0], **o).logprobs,
+    }[name]
+    assert torch.equal(call(temperature=torch.tensor(2.0)), call(temperature=2.0))
+    with pytest.raises(LossError, match="temperature = a tensor that requires a gradient"):
+        call(temperature=torch.tensor(2.0, requires_grad=True))
+
+
+def test_logits_that_kernels_cannot_read_side_by_side_are_refused() -> None:
+    """A teacher on another device, whose pointer the C++ would follow, or of a precision that it does not know."""
+    student, teacher = models(3, 60, torch.float32)
+    with pytest.raises(LossError, match="teacher_logits = on meta: must be where student_logits are, on cpu"):
+        distill_kl(student, teacher.to("meta"), reverse_kl_weight=0.3)
+    with pytest.raises(LossError, match=r"teacher_logits = of torch\.float64: must be bf16"):
+        distill_kl(student, teacher.double(), reverse_kl_weight=0.3)
+    assert distill_kl(student.double(), teacher, reverse_kl_weight=0.3).loss.dtype == torch.float64
+
+
+def test_a_folder_that_nothing_may_be_executed_from_is_passed_over(monkeypatch, tmp_path) -> None:
+    """As on a home that is mounted so; without any other it is an error that says it, after which losses run eagerly."""
+    load, refused = ctypes.CDLL, [tmp_path]
+
+    def loaded(path):
+        if any(str(folder) in path for folder in refused):
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path))
+    monkeypatch.setattr(ctypes, "CDLL", loaded)
+    assert compiler.library(cpu_kernels.SOURCE, cpu_kernels.HEADERS).kl_statistics
+    refused.append(Path(tempfile.gettempdir()))
+    with pytest.raises(BuildError, match="none can be written to, and executed from"):
+        compiler.library(cpu_kernels.SOURCE, cpu_kernels.HEADERS)
+
+
 def test_the_choice() -> None:
     """C++ for the precisions of training on a CPU, eager for float64; what cannot run is refused by name."""
     assert backends.kernels_for(torch.zeros(1, 4), None).backend == "cpp"
@@ -171,9 +218,12 @@ def test_without_a_compiler_losses_run_eagerly(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     cpu_kernels.library.cache_clear()
     backends._has_compiler.cache_clear()
+    backends._load.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Install g"):
             chosen = backends.kernels_for(torch.zeros(1, 4), None)
+        with pytest.raises(LossError, match=r"backend = 'cpp': cannot run here: .*Install g"):
+            backends.kernels_for(torch.zeros(1, 4), "cpp")
         assert chosen.backend == "eager"
     finally:
         cpu_kernels.library.cache_clear()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_distill.errors import LossError
-from megatron_distill.losses import distill_jsd, distill_kl, vocab_parallel_logprobs
+from megatron_distill.losses import distill_jsd, distill_kl, distill_kl_topk, vocab_parallel_logprobs
 from tests.support import dense
 
 VOCAB = 37
@@ -243,6 +243,30 @@ def check_one_hot_teacher(group, backend):
 def test_one_hot_teacher_by_infinity(ranks, backend) -> None:
     """A teacher that rules all else out: finite forward KL and gradient; the reverse KL is infinite and says so."""
     ranks.run(check_one_hot_teacher, 1, backend=backend)
+
+
+def check_uncounted_token(group, backend):
+    """See the test of this name."""
+    ids = torch.tensor([[1, 2], [1, 2]])
+    teacher = torch.tensor([[0.0, 5.0, 1.0, -1.0], [-torch.inf, 5.0, -torch.inf, -torch.inf]])
+    for weight in (1.0, 0.5):
+        for top_k in (False, True):
+            student = torch.tensor([[0.3, 0.1, -0.2, 1.0]] * 2, requires_grad=True)
+            if top_k:
+                logprobs = teacher.log_softmax(-1).gather(1, ids)
+                loss = distill_kl_topk(student, ids, logprobs, reverse_kl_weight=weight, backend=backend).loss
+            else:
+                loss = distill_kl(student, teacher, reverse_kl_weight=weight, backend=backend).loss
+            assert loss.isinf().tolist() == [False, True]
+            torch.where(torch.tensor([True, False]), loss, 0.0).sum().backward()
+            assert student.grad[0].isfinite().all() and student.grad[0].any()
+            assert student.grad[1].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_that_does_not_count_has_no_gradient_however_infinite_its_loss(ranks, backend) -> None:
+    """A padded token's teacher may rule out what the student would say: ``torch.where`` leaves it a gradient of 0, not NaN."""
+    ranks.run(check_uncounted_token, 1, backend=backend)
 
 
 def check_nan(group, backend, broken):

@@ -110,6 +110,14 @@ def test_the_rest_is_refused(direction, source, estimator) -> None:
         sampled_kl(logprobs, logprobs, direction=direction, sampled_from=source, estimator=estimator)
 
 
+@pytest.mark.parametrize("word", ["direction", "sampled_from", "estimator"])
+def test_a_misspelt_word_is_refused(word) -> None:
+    """It would have descended on something."""
+    words = {"direction": "reverse", "sampled_from": "student", "estimator": "k2", word: "fwd"}
+    with pytest.raises(LossError, match=f"{word} = 'fwd': must be one of '"):
+        sampled_kl(torch.tensor([-1.0]), torch.tensor([-1.0]), **words)
+
+
 def test_why_they_are_refused() -> None:
     """k1 of student samples has expected gradient 0; k3's is the forward KL's; teacher-sampled log-ratios miss reverse KL."""
     leaf = dense.random_logits(1, 1, 9)[0].requires_grad_()
