@@ -3,9 +3,9 @@ GPUs, horizon. These recipes are validated and planned by the tests; they have n
 
     megatron-distill plan   qwen3.b06_from_4b_1x8_4096
     megatron-distill train  qwen3.b06_from_4b_1x8_4096                            # on the node itself
-    megatron-distill launch qwen3.b06_from_4b_1x8_4096 --cluster example_h100     # as a Slurm job
-    megatron-distill launch qwen3.b06_from_4b_1x8_4096 --cluster example_h100 \\
-        name=offline_rl $(python -m megatron_distill.recipes.qwen3 teacher_prefix_w1.0)             # one cell of the sweep
+    megatron-distill launch qwen3.b06_from_4b_1x8_4096 --cluster ours.py:ours     # as a Slurm job
+    cell=$(python -m megatron_distill.recipes.qwen3 teacher_prefix_w1.0) &&       # one cell of the sweep
+        megatron-distill launch qwen3.b06_from_4b_1x8_4096 --cluster ours.py:ours name=offline_rl $cell
 
 Models and data are named by their hub ids: `megatron-distill fetch qwen3.b06_from_4b_1x8_4096` brings them; paths do as well
 (student.path=DIR data.train_path=FILE). One step trains on 32 responses, with the teacher's whole distribution where it fits
@@ -195,4 +195,6 @@ def _with_curriculum(config: RunConfig) -> RunConfig:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [] or sys.argv[1] not in SWEEP:
+        sys.exit(f"usage: python -m megatron_distill.recipes.qwen3 CELL, with CELL one of: {', '.join(SWEEP)}")
     print(" ".join(SWEEP[sys.argv[1]]))

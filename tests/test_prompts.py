@@ -1,6 +1,7 @@
 """Problems: strict reading, prompt ids as the chat template means them, and an order that a resumed run repeats."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,17 @@ def test_a_model_without_an_end_token_is_refused(tmp_path: Path) -> None:
     TestEncodePrompt.tokenizer("x").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"rollouts.stop_tokens = \[\]: .* name no end token.*'<s>'"):
         load_vocabulary(tmp_path, tmp_path, ())
+
+
+def test_an_embedding_that_does_not_hold_the_tokenizers_ids_is_told_of_its_model(tmp_path: Path) -> None:
+    """A teacher's that was trimmed is not the student's damage."""
+    from megatron_distill.models.vocabulary import load_vocabulary
+
+    shutil.copytree(MODELS / "teacher", tmp_path / "teacher")
+    config = tmp_path / "teacher" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 8}))
+    with pytest.raises(DataError, match=r"^teacher.path = .*/teacher: .* the teacher's embedding holds only 8\."):
+        load_vocabulary(MODELS / "student", tmp_path / "teacher", ())
 
 
 def test_many_prompts_at_once_are_those_of_one_by_one() -> None:

@@ -163,6 +163,7 @@ def config_like(
         experts |= {"expert_model_parallel_size": student.expert_model_parallel_size}
         experts |= {"moe_token_dispatcher_type": "alltoall"}
         experts |= {"moe_grouped_gemm": engine, "moe_permute_fusion": engine}
+        experts |= {"moe_router_dtype": "fp32" if engine else student.moe_router_dtype}
     quantised: dict[str, Any] = {"fp8": None, "fp4": None}
     quantised |= dict.fromkeys(("moe_router_padding_for_fp8", "moe_router_padding_for_quantization"), False)
     recompute = {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None}

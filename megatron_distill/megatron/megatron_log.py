@@ -1,6 +1,6 @@
 """Listen to what Megatron logs of a step and returns to no one: gradient norm and learning rate.
 
-A patch, one of the two that every GPU run makes (the other is ``schedule``): megatron-core 0.19 computes both inside its loop,
+A patch (``backend.prepare`` has all that every run makes): megatron-core 0.19 computes both inside its loop,
 hands them to its TensorBoard writer, and gives no callback a look at them. So the writer that Megatron made (with
 ``--tensorboard-dir``), or the empty seat, is wrapped: what Megatron says goes on to the writer, and two scalars are kept.
 ``tests/megatron/test_megatron_log.py`` fails when Megatron hands them out itself.

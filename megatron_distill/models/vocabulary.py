@@ -74,13 +74,15 @@ def load_vocabulary(student: str | Path, teacher: str | Path, stop_tokens: Seque
                 "Name one of: " + ", ".join(map(repr, tokenizer.all_special_tokens)) + "."
             )
         ids.append(ours[token])
-    size = min(HfConfig.from_dir(path).vocab_size for path in (student, teacher))
-    if max(ours.values()) >= size:
-        raise DataError(
-            f"student.path = {student}: its tokenizer has ids up to {max(ours.values())}, but an embedding holds only "
-            f"{size}. The model directory is damaged, or tokenizer and model do not belong together."
-        )
-    return Vocabulary(tokenizer, size, tuple(ids))
+    sizes = {role: HfConfig.from_dir(path).vocab_size for role, path in (("student", student), ("teacher", teacher))}
+    for role, size in sizes.items():
+        if max(ours.values()) >= size:
+            raise DataError(
+                f"{role}.path = {student if role == 'student' else teacher}: the tokenizer has ids up to {max(ours.values())}, "
+                f"but the {role}'s embedding holds only {size}. The model directory is damaged, or tokenizer and model do not "
+                "belong together."
+            )
+    return Vocabulary(tokenizer, min(sizes.values()), tuple(ids))
 
 
 def _end_token_remedy(tokenizer: Any) -> str:

@@ -62,6 +62,13 @@ def test_a_mixture_of_experts_gets_its_kernels(made: dict[str, Any]) -> None:
     }
     assert {name: moe[name] for name in wanted} == wanted
     assert made["qwen3.b8_from_32b_4x8_4096"]["student"]["moe_grouped_gemm"] == "False"
+    teacher = made["experts beside a dense student"]["teacher"]
+    assert {name: teacher[name] for name in wanted} == wanted
+
+
+def test_warming_up_ends_before_the_run_does(made: dict[str, Any]) -> None:
+    """Megatron asserts it, without a word."""
+    assert "--lr-warmup-iters=9" in made["warmed up throughout"]["flags"]
 
 
 def test_fp32_on_a_gpu_takes_megatrons_own_layers(made: dict[str, Any]) -> None:

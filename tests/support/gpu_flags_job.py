@@ -100,6 +100,12 @@ def main() -> None:
         all_recipes()["qwen3.b06_from_4b_1x8_128"](),
         ['student.megatron_args=["--attention-backend=fused", "--distributed-timeout-minutes=7"]'],
     )
+    extra["experts beside a dense student"] = lambda: with_overrides(
+        all_recipes()["qwen3.b06_from_4b_1x8_128"](), ["teacher.path=Qwen/Qwen3-30B-A3B-Base"]
+    )
+    extra["warmed up throughout"] = lambda: with_overrides(
+        all_recipes()["tiny.quickstart"](), ["num_steps=10", "optimizer.warmup_frac=1"]
+    )
     for flags in QUANTISED:
         extra[flags] = lambda flags=flags: with_overrides(
             all_recipes()["qwen3.moe30b_from_32b_4x8_2048"](),
