@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_distill.recipes.recall_task import NUM_VALUES, OpenBookProblem
+from megatron_distill.recipes.recall_task import OpenBookProblem, OtherPageProblem
 
 from megatron_distill.config import (
     DataConfig,
@@ -134,19 +134,18 @@ def self_distillation() -> RunConfig:
 
 def open_book(tokenizer: Any, problem: Problem) -> list[int]:
     """What the teacher sees of a problem: the facts that it needs, then the question."""
-    return _with_page(tokenizer, problem, 0)
+    return _shown(tokenizer, problem, OpenBookProblem)
 
 
 def another_page(tokenizer: Any, problem: Problem) -> list[int]:
-    """As much of the book, open where the look-ups of another number stand: other facts of the same tables."""
-    return _with_page(tokenizer, problem, 1)
+    """As many other facts, then the question: the control."""
+    return _shown(tokenizer, problem, OtherPageProblem)
 
 
-def _with_page(tokenizer: Any, problem: Problem, numbers_on: int) -> list[int]:
+def _shown(tokenizer: Any, problem: Problem, kind: type[OpenBookProblem]) -> list[int]:
     last = problem.messages[-1]
     start, *tables = last.content.split()
-    page = OpenBookProblem((int(start) + numbers_on) % NUM_VALUES, "".join(tables)).page()
-    told = replace(last, content=f"{page} {last.content}")
+    told = replace(last, content=kind(int(start), "".join(tables)).prompt())
     return encode_prompt(tokenizer, replace(problem, messages=(*problem.messages[:-1], told)))
 
 

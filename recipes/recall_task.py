@@ -121,6 +121,14 @@ class OpenBookProblem(RecallProblem):
         return " ".join(entries)
 
 
+class OtherPageProblem(OpenBookProblem):
+    """The same question behind as many facts of the same tables that it does not need: the look-ups from the next number on."""
+
+    def page(self) -> str:
+        """The facts alone."""
+        return OpenBookProblem((self.start + 1) % NUM_VALUES, self.tables).page()
+
+
 def sample_problem(rng: random.Random, min_steps: int = MIN_STEPS, max_steps: int = MAX_STEPS) -> RecallProblem:
     """Draw a problem: the number of look-ups is uniform between the two, then the start, then the tables."""
     num_steps = rng.randint(min_steps, max_steps)

@@ -49,6 +49,7 @@ from megatron_distill.recipes.recall_task import (
     TRAIN_SEED,
     WAIT,
     OpenBookProblem,
+    OtherPageProblem,
     RecallProblem,
     Writer,
     confused_facts,
@@ -106,6 +107,11 @@ def open_book(problem: RecallProblem) -> OpenBookProblem:
     return OpenBookProblem(problem.start, problem.tables)
 
 
+def other_page(problem: RecallProblem) -> OtherPageProblem:
+    """The same problem with other facts before it: what the page alone does, whatever it says."""
+    return OtherPageProblem(problem.start, problem.tables)
+
+
 @torch.no_grad()
 def measure_hazard(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[float]:
     """Mean P(wait) after 0, 1, ... ``MAX_STREAK`` hesitations at one look-up of right solutions of 64 held-out problems."""
@@ -133,7 +139,9 @@ def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, reads: 
     numbers: dict[str, Any] = {}
     levels: dict[str, tuple[RecallProblem, ...]] = {"held out": held_out_problems(), "hard": hard_problems()}
     if reads:
-        levels |= {f"{level}, open book": tuple(map(open_book, problems)) for level, problems in levels.items()}
+        plain = dict(levels)
+        levels |= {f"{level}, open book": tuple(map(open_book, problems)) for level, problems in plain.items()}
+        levels |= {f"{level}, another page": tuple(map(other_page, problems)) for level, problems in plain.items()}
     for level, problems in levels.items():
         responses = respond(model, tokenizer, problems, sample=True, max_new_tokens=MEASURED_TOKENS)
         numbers[level] = {
