@@ -22,7 +22,7 @@ test: $(READY)  ## the default tests: minutes
 test-heavy: $(READY)  ## whole runs and the one-host Slurm
 	$(BIN)/python -m pytest -m "(heavy or slurm) and not long"
 
-test-long: $(READY)  ## kills, hangs, signals and the GPU ladder in whole runs: half an hour
+test-long: $(READY)  ## kills, hangs, signals and the GPU ladder in whole runs, the losses' benchmark: half an hour
 	$(BIN)/python -m pytest -m long
 
 gpu-check: $(READY)  ## the first hour on GPUs: a ladder of small runs, a table at its end; on CPU its tiny rungs

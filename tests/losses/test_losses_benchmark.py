@@ -27,7 +27,7 @@ def test_the_page_shows_the_committed_run(maker) -> None:
     assert maker.rewrite(page, result) == page
 
 
-@pytest.mark.heavy
+@pytest.mark.long
 def test_every_part_runs_and_fills_its_table(maker, tmp_path) -> None:
     """One command measures all parts; small tensors here. Wrong compositions show in their gradient error alone."""
     file = tmp_path / "rows.json"
