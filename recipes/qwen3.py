@@ -195,6 +195,7 @@ def _with_curriculum(config: RunConfig) -> RunConfig:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [] or sys.argv[1] not in SWEEP:
+    cell = sys.argv[1] if len(sys.argv) > 1 else ""
+    if cell not in SWEEP:
         sys.exit(f"usage: python -m megatron_distill.recipes.qwen3 CELL, with CELL one of: {', '.join(SWEEP)}")
-    print(" ".join(SWEEP[sys.argv[1]]))
+    print(" ".join(SWEEP[cell]))

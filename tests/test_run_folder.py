@@ -217,18 +217,23 @@ def holder(root: Path, what: str) -> subprocess.Popen[str]:
     return process
 
 
-def test_the_second_launch_of_a_folder_is_told_who_holds_it(tmp_path: Path) -> None:
-    """The refusal names process and host; a SIGKILL of the holder releases the lock."""
-    RunFolder(tmp_path).create()
-    first = holder(tmp_path, "launcher")
+def refused_until_its_holder_ends(root: Path) -> None:
+    """A launcher in another process keeps this one out, and is named; once killed it does no longer."""
+    first = holder(root, "launcher")
     try:
-        with pytest.raises(DistillError, match=f"process {first.pid} on .* is running in it"), RunLock(tmp_path):
+        with pytest.raises(DistillError, match=f"process {first.pid} on .* is running in it"), RunLock(root):
             pass
     finally:
         first.kill()
         first.wait()
-    with RunLock(tmp_path):
+    with RunLock(root):
         pass
+
+
+def test_the_second_launch_of_a_folder_is_told_who_holds_it(tmp_path: Path) -> None:
+    """The refusal names process and host; a SIGKILL of the holder releases the lock."""
+    RunFolder(tmp_path).create()
+    refused_until_its_holder_ends(tmp_path)
     assert not (tmp_path / "lock" / "holder.json").exists()
 
 
@@ -240,16 +245,8 @@ def test_a_file_system_without_locks_leaves_the_count_to_tell(tmp_path: Path, mo
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     RunFolder(tmp_path).create()
-    first = holder(tmp_path, "launcher")
     monkeypatch.setattr(fcntl, "flock", flock)
-    try:
-        with pytest.raises(DistillError, match=f"process {first.pid} on .* is running in it"), RunLock(tmp_path):
-            pass
-    finally:
-        first.kill()
-        first.wait()
-    with RunLock(tmp_path):
-        pass
+    refused_until_its_holder_ends(tmp_path)
 
 
 def test_a_start_waits_for_the_roles_of_a_killed_launcher(tmp_path: Path) -> None:

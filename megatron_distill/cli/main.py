@@ -16,7 +16,7 @@ import re
 import select
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_distill import __version__
@@ -122,25 +122,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     """Parse, with overrides wherever they stand: argparse takes ``nargs="*"`` from one place of the line only."""
     parser = make_parser([word for word in argv if word in COMMANDS][:1])
     if argv and argv[0][:1] != "-" and argv[0] not in COMMANDS:
-        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        parser.error(
-            f"no command {argv[0]!r}. " + (f"Did you mean {close[0]}?" if close else f"Type {parser.prog} --help.")
-        )
+        parser.error(f"no command {argv[0]!r}. {_meant(argv[0], COMMANDS, parser.prog)}")
     options, rest = parser.parse_known_args(argv)
     if rest and not (hasattr(options, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}.{_remedy(options.command, rest[0])}")
+        known = re.findall(r"--\w[\w-]*", _parser_of(options.command).format_help())
+        meant = _meant(rest[0].partition("=")[0], known, f"{parser.prog} {options.command}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}. {meant}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
 
 
-def _remedy(command: str, argument: str) -> str:
-    """What to type in place of an argument that a command does not take, if that can be guessed."""
-    known = argparse.ArgumentParser()
-    command_module(command).configure(known)
-    option = argument.partition("=")[0]
-    close = difflib.get_close_matches(option, re.findall(r"--\w[\w-]*", known.format_help()), n=1)
-    return f" Did you mean {close[0]}?" if close else f" Type megatron-distill {command} --help."
+def _parser_of(command: str) -> argparse.ArgumentParser:
+    """One command's arguments, for what their help says of them."""
+    parser = argparse.ArgumentParser()
+    command_module(command).configure(parser)
+    return parser
+
+
+def _meant(typed: str, known: Iterable[str], helps: str) -> str:
+    """What to type instead: the likely word, or who tells them all."""
+    close = difflib.get_close_matches(typed, known, n=1)
+    return f"Did you mean {close[0]}?" if close else f"Type {helps} --help."
 
 
 if __name__ == "__main__":

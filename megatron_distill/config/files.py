@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_distill.config.curricula import EntropyGated, FixedHorizon, Ladder, Progressive
-from megatron_distill.config.json_files import parsed, text_of, without_duplicates
+from megatron_distill.config.json_files import parsed, text_of, without_duplicates, write_whole
 from megatron_distill.config.loading import absolute_name
 from megatron_distill.config.rules import problems_of
 from megatron_distill.config.schedules import Schedule, constant
@@ -101,10 +101,8 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], check_rules: boo
 
 
 def save(config: RunConfig, path: Path) -> None:
-    """Write the resolved config as JSON, through a temporary name: a start that is killed leaves all of it or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    temporary.replace(path)
+    """Write the resolved config as JSON: a start that is killed leaves all of it or none."""
+    write_whole(path, (json.dumps(to_dict(config), indent=2) + "\n").encode())
 
 
 def load(path: Path) -> RunConfig:

@@ -1,4 +1,5 @@
-"""JSON that somebody wrote by hand, or damaged: parsed, or refused with a reason, without a wait or an endless read.
+"""JSON that somebody wrote by hand, or damaged: parsed, or refused with a reason, without a wait or an endless read. And how a
+small file of ours is written.
 
 In: a path, or text. Out: the value. Every reason not to have it is an ``OSError`` or a ``ValueError``, for a message.
 """
@@ -9,6 +10,13 @@ import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write through a temporary name: a reader sees the old file or the new one, never half, and a kill leaves either."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def text_of(path: Path) -> str:

@@ -112,19 +112,16 @@ def remedies(config: RunConfig, student: HfConfig, teacher: HfConfig | None, gpu
     def fits(candidate: RunConfig) -> bool:
         return plan(candidate, student, teacher, gpu_gib).trainer_fits
 
-    def sound(override: str) -> RunConfig | None:
-        return _sound(config, override, models)
-
     if fits(config):
         return []
     for override in _overrides(config):
-        changed = sound(override)
+        changed = _sound(config, override, models)
         if changed is not None and fits(changed):
             return [override]
     chosen: list[str] = []
     while not fits(config):
         now = plan(config, student, teacher, gpu_gib).trainer_gib
-        candidates = ((override, sound(override)) for override in _overrides(config))
+        candidates = ((override, _sound(config, override, models)) for override in _overrides(config))
         lower = (
             (override, changed)
             for override, changed in candidates

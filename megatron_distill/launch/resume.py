@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from megatron_distill.config import RunConfig, flatten, to_dict
+from megatron_distill.config.json_files import write_whole
 from megatron_distill.errors import CheckpointError
 from megatron_distill.runs.checkpoints import directory_of, steps_on_disk
 from megatron_distill.runs.run_folder import RunFolder
@@ -91,9 +92,7 @@ def whole_checkpoint(folder: RunFolder, may_use_previous: bool) -> int:
         )
     for late in [step, *(s for s in _earlier_steps(folder, step) if s > earlier)]:
         _put_aside(directory_of(folder, late))
-    temporary = folder.checkpoint_tracker.with_name(folder.checkpoint_tracker.name + ".tmp")
-    temporary.write_text(str(earlier))
-    temporary.replace(folder.checkpoint_tracker)
+    write_whole(folder.checkpoint_tracker, str(earlier).encode())
     folder.event(
         "launcher", f"checkpoint of step {step} is damaged and put aside: {damage}. Going on from step {earlier}"
     )

@@ -92,9 +92,8 @@ def training_arguments(config: RunConfig, student: HfConfig, folder: RunFolder, 
         "lr": optimizer.lr,
         "min-lr": optimizer.lr if optimizer.lr_decay == "constant" else 0.0,
         "lr-decay-style": optimizer.lr_decay,
-        "lr-warmup-iters": min(
-            math.ceil(optimizer.warmup_frac * config.num_steps), config.num_steps - 1
-        ),  # less than all
+        # Fewer than all steps, which Megatron asserts.
+        "lr-warmup-iters": min(math.ceil(optimizer.warmup_frac * config.num_steps), config.num_steps - 1),
         "weight-decay": optimizer.weight_decay,
         "adam-beta1": optimizer.adam_beta1,
         "adam-beta2": optimizer.adam_beta2,

@@ -74,15 +74,16 @@ def load_vocabulary(student: str | Path, teacher: str | Path, stop_tokens: Seque
                 "Name one of: " + ", ".join(map(repr, tokenizer.all_special_tokens)) + "."
             )
         ids.append(ours[token])
-    sizes = {role: HfConfig.from_dir(path).vocab_size for role, path in (("student", student), ("teacher", teacher))}
-    for role, size in sizes.items():
+    sizes = []
+    for role, path in (("student", student), ("teacher", teacher)):
+        sizes.append(size := HfConfig.from_dir(path).vocab_size)
         if max(ours.values()) >= size:
             raise DataError(
-                f"{role}.path = {student if role == 'student' else teacher}: the tokenizer has ids up to {max(ours.values())}, "
+                f"{role}.path = {path}: the tokenizer has ids up to {max(ours.values())}, "
                 f"but the {role}'s embedding holds only {size}. The model directory is damaged, or tokenizer and model do not "
                 "belong together."
             )
-    return Vocabulary(tokenizer, min(sizes.values()), tuple(ids))
+    return Vocabulary(tokenizer, min(sizes), tuple(ids))
 
 
 def _end_token_remedy(tokenizer: Any) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from megatron_distill.config.json_files import write_whole
 from megatron_distill.errors import DistillError
 
 BEAT_S = 2.0
@@ -132,9 +133,7 @@ class RunLock:
     def _write(self, beat: int) -> None:
         command = " ".join(sys.argv)[:200]
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "command": command, "beat": beat}
-        temporary = self._directory / "holder.json.tmp"
-        temporary.write_text(json.dumps(holder) + "\n")
-        temporary.replace(self._holder)
+        write_whole(self._holder, (json.dumps(holder) + "\n").encode())
 
     def _beat(self) -> None:
         beat = 0

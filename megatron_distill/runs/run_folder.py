@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_distill.config.json_files import json_of, parsed
+from megatron_distill.config.json_files import json_of, parsed, write_whole
 from megatron_distill.errors import CheckpointError, DataError
 from megatron_distill.runs import marks
 
@@ -301,9 +301,7 @@ def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     before = path.read_bytes()
     kept = b"".join(line for line in before.splitlines(keepends=True) if _holds(line, wanted))
     if kept != before:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(kept)
-        temporary.replace(path)
+        write_whole(path, kept)
 
 
 def _holds(line: bytes, wanted: Callable[[dict[str, Any]], bool]) -> bool:
@@ -355,10 +353,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write through a temporary name, so that a reader sees the old file or the new one, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    """Write one file of ours, whole; see ``write_whole``."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

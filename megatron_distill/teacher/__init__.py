@@ -4,7 +4,7 @@
 """
 
 from megatron_distill.teacher.base import MakeTeacher, Teacher, TeacherContext
-from megatron_distill.teacher.cache import CachedSampler, CachedTeacher, teacher_identity
+from megatron_distill.teacher.cache import CachedSampler, CachedTeacher, served_identity, teacher_identity
 from megatron_distill.teacher.privileged import PrivilegedTeacher, teacher_prompts
 from megatron_distill.teacher.sglang_hidden import SGLangHiddenTeacher, make_sglang_hidden
 from megatron_distill.teacher.sglang_topk import SGLangTopKTeacher, WithinVocabulary, make_sglang_topk
@@ -32,6 +32,7 @@ __all__ = [
     "make_sglang_topk",
     "make_sglang_urls",
     "problems_of_urls",
+    "served_identity",
     "teacher_identity",
     "teacher_prompts",
 ]

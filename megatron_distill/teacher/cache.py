@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_distill.config import RunConfig
 from megatron_distill.errors import CheckpointError
 from megatron_distill.teacher.base import Teacher
 from megatron_distill.teacher.shard_store import KEY_BYTES, ShardStore
@@ -70,6 +71,11 @@ def teacher_identity(path: Path, dtype: str, server_args: Sequence[str]) -> str:
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(_file_digest, [path / "config.json", *files]))
     return hashlib.blake2b("\n".join([dtype, *digests, *server_args]).encode(), digest_size=16).hexdigest()
+
+
+def served_identity(config: RunConfig) -> str:
+    """That of the run's teacher on its own servers."""
+    return teacher_identity(Path(config.teacher.path), config.student.dtype, config.servers.teacher_args)
 
 
 @dataclass(frozen=True)

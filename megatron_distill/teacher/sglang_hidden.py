@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_distill.sglang.client import SGLangClient
 from megatron_distill.teacher.base import Teacher, TeacherContext
-from megatron_distill.teacher.cache import HIDDEN, CachedTeacher, teacher_identity
+from megatron_distill.teacher.cache import HIDDEN, CachedTeacher, served_identity
 from megatron_distill.types import HiddenSignal, Rollout
 
 
@@ -20,7 +20,7 @@ def make_sglang_hidden(context: TeacherContext) -> Teacher:
     teacher = SGLangHiddenTeacher(client)
     if not config.teacher.cache_dir:
         return teacher
-    identity = teacher_identity(Path(config.teacher.path), config.student.dtype, config.servers.teacher_args)
+    identity = served_identity(config)
     return CachedTeacher(teacher, Path(config.teacher.cache_dir), HIDDEN, identity=identity)
 
 

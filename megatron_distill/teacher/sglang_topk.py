@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_distill.sglang.client import SGLangClient
 from megatron_distill.teacher.base import Teacher, TeacherContext
-from megatron_distill.teacher.cache import SCORES, CachedTeacher, teacher_identity
+from megatron_distill.teacher.cache import SCORES, CachedTeacher, served_identity
 from megatron_distill.types import Rollout, TopKSignal
 
 
@@ -25,7 +25,7 @@ def make_sglang_topk(context: TeacherContext) -> Teacher:
         teacher,
         Path(config.teacher.cache_dir),
         SCORES,
-        identity=teacher_identity(Path(config.teacher.path), config.student.dtype, config.servers.teacher_args),
+        identity=served_identity(config),
         top_k=top_k,
         stop_token_ids=list(context.stop_token_ids),
     )

@@ -39,7 +39,7 @@ from megatron_distill.teacher import (
     PrivilegedTeacher,
     Teacher,
     TeacherContext,
-    teacher_identity,
+    served_identity,
     teacher_prompts,
 )
 from megatron_distill.training.beside import EvaluationBeside
@@ -315,5 +315,5 @@ def _teacher_sampler(config: RunConfig, client: SGLangClient | None) -> Sampler 
         return None
     if not config.teacher.cache_dir:
         return client
-    identity = teacher_identity(Path(config.teacher.path), config.student.dtype, config.servers.teacher_args)
+    identity = served_identity(config)
     return CachedSampler(client, Path(config.teacher.cache_dir), identity=identity)
