@@ -6,7 +6,15 @@ An arm's name stands for the same config in every study, since all of them make 
 from dataclasses import replace
 
 from megatron_distill.recipes import recall
-from megatron_distill.recipes.recall import LONG_TOKENS, MIDDLE_TOKENS, SHORT_TOKENS, distil, with_horizon, with_weight
+from megatron_distill.recipes.recall import (
+    LONG_TOKENS,
+    MIDDLE_TOKENS,
+    SHORT_TOKENS,
+    distil,
+    with_horizon,
+    with_teacher_prefixes,
+    with_weight,
+)
 
 from megatron_distill.study.design import Arm, Comparison, Group, Question, Study, StudyFigure
 
@@ -35,23 +43,27 @@ REVERSE_GATED = Arm(
 )
 MIXED_LONG = Arm("w02_long", f"w = 0.2, {LONG_TOKENS} tokens", distil())
 FORWARD_LONG = Arm("w0_long", f"w = 0, {LONG_TOKENS} tokens", with_weight(distil(), 0))
+REVERSE_LONG_TEACHER, FORWARD_LONG_TEACHER = (
+    Arm(f"{arm.name}_teacher", f"{arm.label}, teacher prefixes", with_teacher_prefixes(arm.config))
+    for arm in (REVERSE_LONG, FORWARD_LONG)
+)
 
 
 def study_of(
     name: str,
     title: str,
-    function: str,
+    recipe: str,
     arms: tuple[Arm, ...],
     questions: tuple[Question, ...],
     quick: tuple[str, ...] = (),
     scope: str = SCOPE,
 ) -> Study:
-    """A study of this task, with its seeds; ``quick`` names the arms of a quick look, by default all."""
+    """A study of this task, with its seeds; ``recipe`` is its function, ``quick`` the arms of a quick look, by default all."""
     return Study(
         name=name,
         title=title,
         scope=scope,
-        command=f"megatron-distill study recall_studies.{function} --dir runs/study-recall",
+        command=f"megatron-distill study {recipe} --dir runs/study-recall",
         arms=arms,
         seeds=SEEDS,
         questions=questions,

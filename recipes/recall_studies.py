@@ -3,40 +3,30 @@
     megatron-distill study recall_studies.runaway --dir runs/study-recall           # or any other name below
     megatron-distill study recall_studies.runaway --dir runs/study-recall --quick   # minutes, one seed: a look
 
-All of them share the folder, so that an arm which several ask for is made once. Written down before their confirming
-runs: hypotheses (each question's claim and comparisons), settings (``recall``), what is judged (all evaluations on the way,
-or the last one) and seeds. The settings were looked for with seeds of 100 and more, in which what runs away mostly came back
-within 200 steps.
+All of them share the folder, also with ``recall_open_questions``, so that an arm which several ask for is made once. Written
+down before their confirming runs: hypotheses (each question's claim and comparisons), settings (``recall``), what is judged
+(all evaluations on the way, or the last one) and seeds. The settings were looked for with seeds of 100 and more, in which what
+runs away mostly came back within 200 steps.
 
-`runaway` asks whether it happens and what prevents it; `controls` which of its ingredients it needs; `gate` what the
-entropy gate adds to a ladder; `stop_tokens` how much length comes from two stop tokens that are not one action; `top_k` what a
-top k costs; `staleness` what stale rollouts cost under each direction; `hand_off` what RL makes of each student; `open_book`
-what a model learns from itself if it may look things up.
+`runaway` asks whether it happens and what prevents it; `controls` which of its ingredients it needs; `design_space` where
+among prefix sources and between the directions of the KL it happens; `gate` what the entropy gate adds to a ladder; `hand_off`
+what RL makes of each student.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 
 from megatron_distill.recipes import recall
-from megatron_distill.recipes.recall import (
-    by_heart,
-    by_sequence,
-    distil,
-    self_distillation,
-    with_another_page,
-    with_flat_teacher,
-    with_hidden_states,
-    with_own_stop_only,
-    with_teacher_prefixes,
-    with_top_k,
-    with_weight,
-)
+from megatron_distill.recipes.recall import LONG_TOKENS, by_sequence, distil, with_flat_teacher, with_weight
 from megatron_distill.recipes.recall_arms import (
     COLUMNS,
     FORWARD_LONG,
+    FORWARD_LONG_TEACHER,
     MIXED_LONG,
     QUICK_LADDER,
     REVERSE_GATED,
     REVERSE_LONG,
+    REVERSE_LONG_TEACHER,
     REVERSE_MIDDLE,
     REVERSE_SHORT,
     divergences,
@@ -89,7 +79,7 @@ def runaway() -> Study:
     return study_of(
         "recall-runaway",
         "Reverse KL that runs away",
-        "runaway",
+        "recall_studies.runaway",
         arms,
         (length, settled, mixing, remedied("curriculum", REVERSE_GATED, REVERSE_LONG)),
     )
@@ -101,7 +91,6 @@ def controls() -> Study:
     flat = Arm("w1_long_flat", "w = 1, long, flat teacher", with_flat_teacher(REVERSE_LONG.config))
     slow_optimizer = replace(REVERSE_LONG.config.optimizer, lr=recall.LR * 0.4)
     slow = Arm("w1_long_slow", "w = 1, long, lr 4e-4", replace(REVERSE_LONG.config, optimizer=slow_optimizer))
-    teacher = Arm("w1_long_teacher", "w = 1, long, teacher prefixes", with_teacher_prefixes(REVERSE_LONG.config))
     mean = Arm("w1_long_by_sequence", "w = 1, long, mean per response", by_sequence(REVERSE_LONG.config))
     long = Group("w = 1, long", (REVERSE_LONG.name,))
     needs = tuple(
@@ -120,7 +109,7 @@ def controls() -> Study:
                 "Under a teacher whose hesitation does not feed itself nothing runs away.",
             ),
             (slow, "Depends on the learning rate", "At 0.4 of the learning rate nothing runs away."),
-            (teacher, "Needs the student's prefixes", "At the teacher's prefixes nothing runs away."),
+            (REVERSE_LONG_TEACHER, "Needs the student's prefixes", "At the teacher's prefixes nothing runs away."),
             (
                 mean,
                 "Needs a mean over tokens",
@@ -152,9 +141,76 @@ def controls() -> Study:
     return study_of(
         "recall-controls",
         "What the runaway needs",
-        "controls",
-        (REVERSE_LONG, REVERSE_SHORT, REVERSE_MIDDLE, flat, slow, teacher, mean),
+        "recall_studies.controls",
+        (REVERSE_LONG, REVERSE_SHORT, REVERSE_MIDDLE, flat, slow, REVERSE_LONG_TEACHER, mean),
         (*needs, dose),
+    )
+
+
+def design_space() -> Study:
+    """{teacher, student} prefixes x {forward, reverse} KL over the long horizon, and the weights between the directions.
+
+    Asked last: of its arms all but w = 0.5 and 0.8 had been made for other studies, and three seeds of them looked at."""
+    half, most = (
+        Arm(f"w0{tenths}_long", f"w = 0.{tenths}, {LONG_TOKENS} tokens", with_weight(distil(), tenths / 10))
+        for tenths in (5, 8)
+    )
+    by_weight = (FORWARD_LONG, MIXED_LONG, half, most, REVERSE_LONG)
+    reverse, forward, reverse_teacher, forward_teacher = (
+        Group(arm.label, (arm.name,))
+        for arm in (REVERSE_LONG, FORWARD_LONG, REVERSE_LONG_TEACHER, FORWARD_LONG_TEACHER)
+    )
+    prefixes = Question(
+        title="Prefix source and direction",
+        claim="Of the four only reverse KL at the student's prefixes runs away; at the teacher's, reverse KL is more accurate "
+        "and forward KL keeps more entropy; under forward KL the student's prefixes are the more accurate.",
+        arms=labels(FORWARD_LONG_TEACHER, REVERSE_LONG_TEACHER, FORWARD_LONG, REVERSE_LONG),
+        columns=(*COLUMNS, "seconds", "reuse_seconds"),
+        figures=(
+            over_steps("design_space", "Over training"),
+            StudyFigure(
+                "plane", "Accuracy against entropy, on the way", "scatter", ("path_avg_at_k",), "low_entropy_nats"
+            ),
+        ),
+        comparisons=(
+            *(one for sound in (forward, reverse_teacher, forward_teacher) for one in healthier(sound, reverse)),
+            Comparison("path_avg_at_k", reverse_teacher, forward_teacher),
+            Comparison("entropy_nats", forward_teacher, reverse_teacher),
+            Comparison("path_avg_at_k", forward, forward_teacher),
+        ),
+    )
+    weight = Question(
+        title="Weight of reverse KL",
+        claim="The more reverse KL, the longer the longest responses, the lower the entropy and, from w = 0.2 on, the accuracy "
+        "on the way.",
+        arms=labels(*by_weight),
+        columns=COLUMNS,
+        figures=(
+            over_steps("weight", "Over training"),
+            StudyFigure(
+                "weight_dose",
+                "Against the weight of reverse KL",
+                "dose",
+                ("path_avg_at_k", "peak_response_tokens", "low_entropy_nats"),
+                "distill.reverse_kl_weight",
+            ),
+        ),
+        comparisons=(
+            *(
+                one
+                for less, more in pairwise(by_weight[1:])
+                for one in healthier(Group(less.label, (less.name,)), Group(more.label, (more.name,)))
+            ),
+            Comparison("path_avg_at_k", Group(MIXED_LONG.label, (MIXED_LONG.name,)), forward),
+        ),
+    )
+    return study_of(
+        "recall-design-space",
+        "Prefixes, directions and the weights between",
+        "recall_studies.design_space",
+        (*by_weight, REVERSE_LONG_TEACHER, FORWARD_LONG_TEACHER),
+        (prefixes, weight),
+        quick=(FORWARD_LONG.name, half.name, REVERSE_LONG.name, REVERSE_LONG_TEACHER.name),
     )
 
 
@@ -173,7 +229,7 @@ def gate() -> Study:
     return study_of(
         "recall-gate",
         "What the entropy gate adds",
-        "gate",
+        "recall_studies.gate",
         (REVERSE_LONG, REVERSE_GATED, replace(ladder, quick_overrides=QUICK_LADDER), hasty, hasty_gated, progressive),
         (
             remedied("gate_hasty", hasty_gated, hasty, "The gate saves a ladder that is climbed too fast"),
@@ -182,148 +238,6 @@ def gate() -> Study:
             remedied("gate_fixed", REVERSE_GATED, REVERSE_LONG, "Gated against fixed"),
         ),
     )
-
-
-def stop_tokens() -> Study:
-    """How much of length inflation comes from two stop tokens that are not one action: over w, prefix source and horizon."""
-    merged = (REVERSE_LONG, MIXED_LONG, FORWARD_LONG, REVERSE_SHORT)
-    written = tuple(
-        Arm(f"{arm.name}_teacher", f"{arm.label}, teacher prefixes", with_teacher_prefixes(arm.config))
-        for arm in (REVERSE_LONG, FORWARD_LONG)
-    )
-    unmerged = {
-        arm.name: Arm(f"{arm.name}_unmerged", f"{arm.label}, not merged", with_own_stop_only(arm.config))
-        for arm in (*merged, *written)
-    }
-    questions = tuple(
-        Question(
-            title=f"Stop tokens: {arm.label}",
-            claim="Two stop tokens that are not merged make responses longer, and less accurate.",
-            arms=labels(arm, unmerged[arm.name]),
-            columns=COLUMNS,
-            figures=(over_steps(f"stop_{arm.name}", arm.label),),
-            comparisons=(
-                Comparison(
-                    "response_tokens", Group("not merged", (unmerged[arm.name].name,)), Group("merged", (arm.name,))
-                ),
-                Comparison("avg_at_k", Group("merged", (arm.name,)), Group("not merged", (unmerged[arm.name].name,))),
-            ),
-        )
-        for arm in (*merged, *written)
-    )
-    return study_of(
-        "recall-stop-tokens",
-        "Stop tokens and length",
-        "stop_tokens",
-        (*merged, *written, *unmerged.values()),
-        questions,
-        quick=(
-            FORWARD_LONG.name,
-            REVERSE_SHORT.name,
-            f"{FORWARD_LONG.name}_unmerged",
-            f"{REVERSE_SHORT.name}_unmerged",
-        ),
-    )
-
-
-def top_k() -> Study:
-    """What a top k costs, what becomes of its tail, what hidden states tell beyond it and one token does, on a sound run."""
-    full = Arm("top_64", "all 64 tokens", with_top_k(distil(), 64))
-    buckets = tuple(Arm(f"top_{k}", f"top {k}, tail in a bucket", with_top_k(distil(), k)) for k in (1, 2, 8))
-    others = tuple(
-        Arm(f"top_2_{tail}", f"top 2, tail {tail}", with_top_k(distil(), 2, tail))
-        for tail in ("renormalised", "dropped")
-    )
-    hidden = Arm("hidden", "hidden states: exact", with_hidden_states(distil()))
-    estimated = Arm(
-        "w0_k3",
-        "forward KL, estimated from the written token (k3)",
-        replace(FORWARD_LONG.config, distill=replace(FORWARD_LONG.config.distill, estimator="k3")),
-    )
-    everything = Group("all 64", (full.name,))
-    two = Group("bucket", ("top_2",))
-    size = Question(
-        title="Size of the top k",
-        claim="The whole distribution teaches more than a top k with its tail in a bucket.",
-        arms=labels(full, *buckets),
-        columns=COLUMNS,
-        figures=(
-            over_steps("top_k", "Over training"),
-            StudyFigure("top_k_dose", "Against k", "dose", ("avg_at_k", "entropy_nats"), "teacher.num_logprobs"),
-        ),
-        comparisons=tuple(Comparison("avg_at_k", everything, Group(arm.label, (arm.name,))) for arm in buckets),
-    )
-    tail = Question(
-        title="The tail of a top 2",
-        claim="A bucket for the tail teaches more than conditioning on the top k, or dropping the tail.",
-        arms=labels(full, buckets[1], *others),
-        columns=COLUMNS,
-        figures=(over_steps("tail", "Over training"),),
-        comparisons=tuple(Comparison("avg_at_k", two, Group(arm.label, (arm.name,))) for arm in others),
-    )
-    exact = Question(
-        title="Hidden states against a top k",
-        claim="Hidden states, from which the trainer makes the exact distribution, teach more than a top k with its tail in a "
-        "bucket. (All 64 tokens are the same distribution, told otherwise.)",
-        arms=labels(hidden, full, *buckets),
-        columns=(*COLUMNS, "seconds"),
-        figures=(over_steps("hidden", "Over training"),),
-        comparisons=tuple(
-            Comparison("avg_at_k", Group(hidden.label, (hidden.name,)), Group(arm.label, (arm.name,)))
-            for arm in buckets
-        ),
-    )
-    sampled = Question(
-        title="One token against the distribution",
-        claim="At equal tokens, forward KL over the distribution teaches more than its estimate from the written token.",
-        arms=labels(FORWARD_LONG, estimated),
-        columns=COLUMNS,
-        figures=(over_steps("sampled", "Over training"),),
-        comparisons=(
-            Comparison("avg_at_k", Group("distribution", (FORWARD_LONG.name,)), Group("estimate", (estimated.name,))),
-        ),
-    )
-    return study_of(
-        "recall-top-k",
-        "What a part of the teacher's distribution costs",
-        "top_k",
-        (full, *buckets, *others, hidden, FORWARD_LONG, estimated),
-        (size, tail, exact, sampled),
-        quick=(full.name, "top_2", "top_2_renormalised", "top_2_dropped", hidden.name),
-    )
-
-
-def staleness() -> Study:
-    """Rollouts by weights that are 0, 1, up to 2 or up to 4 steps old, under each direction of the KL."""
-    fresh = (REVERSE_SHORT, FORWARD_LONG)
-    stale = {
-        arm.name: tuple(
-            Arm(
-                f"{arm.name}_stale_{steps}",
-                f"{arm.label}, staleness {steps}",
-                replace(arm.config, rollouts=replace(arm.config.rollouts, max_staleness_steps=steps)),
-            )
-            for steps in (1, 2, 4)
-        )
-        for arm in fresh
-    }
-    questions = tuple(
-        Question(
-            title=f"Staleness: {arm.label}",
-            claim="Fresh rollouts teach more than stale ones, and take longer.",
-            arms=labels(arm, *stale[arm.name]),
-            columns=(*COLUMNS, "seconds"),
-            figures=(over_steps(f"stale_{arm.name}", arm.label),),
-            comparisons=tuple(
-                Comparison(measure, Group("fresh", (arm.name,)), Group(one.label, (one.name,)))
-                for one in stale[arm.name]
-                for measure in ("avg_at_k", "seconds")
-            ),
-        )
-        for arm in fresh
-    )
-    arms = tuple(one for arm in fresh for one in (arm, *stale[arm.name]))
-    return study_of("recall-staleness", "Stale rollouts", "staleness", arms, questions)
 
 
 def hand_off() -> Study:
@@ -348,48 +262,6 @@ def hand_off() -> Study:
             Comparison("avg_at_k", forward, Group("RL alone", (alone.name,))),
         ),
     )
-    return study_of("recall-hand-off", "Distil, then reinforce", "hand_off", (*before, alone, *after), (question,))
-
-
-def open_book() -> Study:
-    """Self-distillation: a model that is wrong by heart under itself, which reads the facts from its prompt."""
-    forward = Arm("book_w0", "own open book, w = 0", with_weight(self_distillation(), 0))
-    reverse = Arm("book_w1", "own open book, w = 1", with_weight(self_distillation(), 1))
-    elsewhere = Arm("book_elsewhere", "own book, open at another page, w = 0", with_another_page(forward.config))
-    rival = Arm("book_by_heart", "teacher that knows by heart, w = 0", by_heart(forward.config))
-    direct, back, other, taught = (Group(arm.label, (arm.name,)) for arm in (forward, reverse, elsewhere, rival))
-    learns = Question(
-        title="A model's own open book as its teacher",
-        claim="What a model answers with the facts before it, it learns to answer without, under either direction of the KL, "
-        "and by the facts: from a page of other ones it does not.",
-        arms=labels(elsewhere, forward, reverse),
-        columns=("gain_avg_at_k", *COLUMNS),
-        figures=(over_steps("book", "Held-out accuracy, length and entropy over training"), divergences("book")),
-        comparisons=(Comparison("avg_at_k", direct, other), Comparison("avg_at_k", back, other)),
-    )
-    direction = Question(
-        title="Direction of the KL under the own open book",
-        claim="Reverse KL is more accurate on the way, forward KL keeps more entropy.",
-        arms=labels(forward, reverse),
-        columns=COLUMNS,
-        figures=(),
-        comparisons=(Comparison("path_avg_at_k", back, direct), Comparison("entropy_nats", direct, back)),
-    )
-    larger = Question(
-        title="Own open book against a teacher that knows by heart",
-        claim="A larger teacher, which sees no more than the student but knows the facts, teaches faster. (Where the student "
-        "has gone wrong it goes on from there; the book answers as if nothing had happened.)",
-        arms=labels(forward, rival),
-        columns=COLUMNS,
-        figures=(),
-        comparisons=(Comparison("path_avg_at_k", taught, direct),),
-    )
     return study_of(
-        "recall-open-book",
-        "A model under itself with the book open",
-        "open_book",
-        (forward, reverse, elsewhere, rival),
-        (learns, direction, larger),
-        scope="A model of 0.06 million parameters that is wrong by heart about many facts, and right with them in its prompt, "
-        "is its own teacher. One task, one such model; seeds vary the distillation.",
+        "recall-hand-off", "Distil, then reinforce", "recall_studies.hand_off", (*before, alone, *after), (question,)
     )
