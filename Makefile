@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/d
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart pipeline test test-fast test-heavy test-long gpu-check check setup setup-gpu docs docs-site lock clean
+.PHONY: quickstart pipeline test test-fast test-heavy test-runs test-slurm test-long gpu-check check setup setup-gpu docs docs-site lock clean
 
 quickstart: $(READY)  ## distil a tiny student on this CPU: minutes
 	CUDA_VISIBLE_DEVICES= $(BIN)/megatron-distill train tiny.quickstart
@@ -19,8 +19,13 @@ test-fast: $(READY)  ## the tests that start no server and no training job: unde
 test: $(READY)  ## the default tests: minutes
 	$(BIN)/python -m pytest -m "not heavy and not slurm and not long"
 
-test-heavy: $(READY)  ## whole runs and the one-host Slurm
-	$(BIN)/python -m pytest -m "(heavy or slurm) and not long"
+test-heavy: test-runs test-slurm  ## both of the next; side by side with --jobs=2 --output-sync
+
+test-runs: $(READY)  ## whole runs
+	$(BIN)/python -m pytest -m "heavy and not long"
+
+test-slurm: $(READY)  ## the one-host Slurm
+	$(BIN)/python -m pytest -m "slurm and not long"
 
 test-long: $(READY)  ## kills, hangs, signals and the GPU ladder in whole runs, the losses' benchmark: half an hour
 	$(BIN)/python -m pytest -m long

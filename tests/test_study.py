@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import numpy as np
 import pytest
 from megatron_distill.recipes import tiny
+from scipy.stats import ttest_rel
 
 from megatron_distill import config as config_module
 from megatron_distill.config import DistillConfig, RunConfig
@@ -384,7 +385,9 @@ def test_a_study_of_real_runs(tmp_path: Path) -> None:
 def test_intervals_are_those_of_student() -> None:
     """Against a textbook case, at one seed, and with values that were not measured."""
     interval = over_seeds([1.0, 2.0, 3.0])
-    assert (interval.low, interval.high) == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)))
+    assert (interval.low, interval.high) == pytest.approx(
+        (2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), rel=1e-4
+    )
     assert over_seeds([0.5]).shown(".2f") == "0.50"
     assert over_seeds([math.nan]).shown(".2f") == "-"
     assert over_seeds([1.0, math.nan, 2.0, 3.0]) == interval
@@ -397,13 +400,13 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     assert np.mean(covered) == pytest.approx(0.95, abs=0.012)
 
 
-@pytest.mark.parametrize(("num_seeds", "p"), [(2, 0.0994), (3, 0.1644), (4, 0.2098), (5, 0.2374), (6, 0.2550)])
-def test_p_values_are_those_of_student(num_seeds: int, p: float) -> None:
-    """An interval that ends at 0 has 5%, one that reaches past it as far as scipy says, for odd and even degrees of freedom."""
-    at_end, inside = Interval(1.0, 0.0, 2.0, num_seeds), Interval(0.5, -0.5, 1.5, num_seeds)
-    assert at_end.p_value == pytest.approx(0.05, abs=1e-4)
-    assert inside.p_value == pytest.approx(p, abs=1e-3)
+def test_p_values_say_where_the_interval_ends() -> None:
+    """5% where it ends at 0, the paired t-test's value where it reaches past it, and neither without an interval."""
+    assert Interval(1.0, 0.0, 2.0, num_seeds=4).p_value == pytest.approx(0.05)
+    values = np.array([0.1, -0.2, 0.3, 0.25, 0.0])
+    assert over_seeds(values).p_value == pytest.approx(ttest_rel(values, np.zeros(5)).pvalue)
     assert math.isnan(over_seeds([1.0]).p_value) and over_seeds([1.0, 1.0]).p_value == 0
+    assert over_seeds([0.0, 0.0]).p_value == 1
 
 
 def test_holm_corrects_for_the_number_of_comparisons() -> None:

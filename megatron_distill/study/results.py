@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from megatron_distill import config as config_module
 from megatron_distill.errors import DataError
@@ -24,29 +25,6 @@ from megatron_distill.study.design import CURVES, Comparison, Group, Question, S
 
 CURVE_POINTS = 40  # of a training metric kept: means of equal stretches of steps
 SIGNIFICANT_DIGITS = 4
-
-# Student's t, 97.5% quantile, for 1, 2, ... 30 degrees of freedom (any table). Beyond, the last is kept: 4% too wide at most.
-_T_975 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-
-
-def _t_975(freedom: int) -> float:
-    return _T_975[min(freedom, len(_T_975)) - 1]
-
-
-def _t_within(t: float, freedom: int) -> float:
-    """P(-t < T < t) of Student's t with whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for k in range(odd, freedom - 1, 2):
-        total += term
-        term *= cosine**2 * (k + 1) / (k + 2)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
 @dataclass(frozen=True)
@@ -73,7 +51,7 @@ class Interval:
         half, freedom = (self.high - self.low) / 2, self.num_seeds - 1
         if half == 0:
             return 1.0 if self.mean == 0 else 0.0
-        return 1 - _t_within(abs(self.mean) / half * _t_975(freedom), freedom)
+        return float(2 * student_t.sf(abs(self.mean) / half * student_t.ppf(0.975, freedom), freedom))
 
     def shown(self, form: str) -> str:
         """E.g. ``0.81 [0.79, 0.83]``; the mean alone where there is one seed or all agree; "-" where there is nothing."""
@@ -99,7 +77,7 @@ def over_seeds(values: Iterable[float]) -> Interval:
     mean = float(finite.mean()) if n else math.nan
     if n < 2:
         return Interval(mean, math.nan, math.nan, n)
-    half = _t_975(n - 1) * float(finite.std(ddof=1)) / math.sqrt(n)
+    half = float(student_t.ppf(0.975, n - 1) * finite.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
 
