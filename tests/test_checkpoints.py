@@ -24,6 +24,7 @@ from megatron_distill.launch.launch import check_folder
 from megatron_distill.launch.memory import num_parameters
 from megatron_distill.launch.resume import whole_checkpoint
 from megatron_distill.models.hf_config import HfConfig
+from megatron_distill.models.vocabulary import end_token_ids
 from megatron_distill.runs.checkpoints import (
     Best,
     best_so_far,
@@ -264,6 +265,14 @@ def test_any_checkpoint_is_exported(folder: RunFolder, tmp_path: Path, capsys: p
         assert HfDirectory(tmp_path / name).num_bytes > 0
     printed = capsys.readouterr().out
     assert "iter_0000020" in printed and "iter_0000040" in printed and "iter_0000030" in printed
+
+
+def test_an_exported_student_ends_where_its_responses_did(folder: RunFolder, tmp_path: Path) -> None:
+    """At both stop tokens of its run, also where the base model's files name its own alone; a bare checkpoint names none."""
+    export(folder.root, tmp_path / "student", step=None, hf_dir=None, overwrite=False)
+    assert end_token_ids(tiny.MODELS / "student") == (0,) and end_token_ids(tmp_path / "student") == (0, 2)
+    export(folder.checkpoints, tmp_path / "bare", step=30, hf_dir=tiny.MODELS / "student", overwrite=False)
+    assert end_token_ids(tmp_path / "bare") == (0,)
 
 
 @pytest.mark.parametrize("take", ["export", "export of a bare one", "fork", "eval"])

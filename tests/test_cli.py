@@ -40,6 +40,7 @@ def refused(capsys: pytest.CaptureFixture[str], run_dir: Path, *overrides: str) 
         (f"teacher.path={MODELS / 'student'}", ("teacher.path", "student's own weights")),
         ("data.max_prompt_tokens=5", ("data.max_prompt_tokens = 5", "Raise it to")),
         ('rollouts.stop_tokens=["stop!"]', ("rollouts.stop_tokens = 'stop!'", "not one token")),
+        ('rollouts.stop_tokens=["<|im_end|>"]', ("rollouts.stop_tokens = ", "<|endoftext|> too", "Name it as well")),
         ("data.train_path=nowhere.jsonl", ("nowhere.jsonl", "missing")),
         ("rollouts.promts_per_step=3", ("unknown key", "Did you mean rollouts.prompts_per_step?")),
     ],

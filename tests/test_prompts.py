@@ -167,8 +167,46 @@ def test_a_model_without_an_end_token_is_refused(tmp_path: Path) -> None:
     from megatron_distill.models.vocabulary import load_vocabulary
 
     TestEncodePrompt.tokenizer("x").save_pretrained(tmp_path)
+    config = json.loads((MODELS / "student" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     with pytest.raises(ConfigError, match=r"rollouts.stop_tokens = \[\]: .* name no end token.*'<s>'"):
         load_vocabulary(tmp_path, tmp_path, ())
+
+
+def models_that_end_with(folder: Path, student: int | list[int], teacher: int | list[int]) -> tuple[Path, Path]:
+    """Copies of the tiny models whose generation configs name other end tokens."""
+    for role, ids in (("student", student), ("teacher", teacher)):
+        shutil.copytree(MODELS / role, folder / role)
+        (folder / role / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    return folder / "student", folder / "teacher"
+
+
+def test_by_default_every_token_that_ends_either_model_stops(tmp_path: Path) -> None:
+    """Those of the tokenizers first, then what the models' files name besides, as Llama's three are; one without a file too."""
+    from megatron_distill.models.vocabulary import load_vocabulary
+
+    student, teacher = models_that_end_with(tmp_path, 0, [2, 1])
+    assert load_vocabulary(student, teacher, ()).stop_token_ids == (0, 2, 1)
+    (teacher / "generation_config.json").unlink()
+    assert load_vocabulary(student, teacher, ()).stop_token_ids == (0, 2)
+
+
+def test_a_token_that_ends_the_students_responses_unnamed_is_refused(tmp_path: Path) -> None:
+    """SGLang would end responses there, and the loss never know; what ends the teacher's alone may be left out."""
+    from megatron_distill.models.vocabulary import load_vocabulary, require_named_ends
+
+    student, teacher = models_that_end_with(tmp_path, [0, 2], [2, 0])
+    own = load_vocabulary(student, teacher, ["<|endoftext|>"])
+    both = load_vocabulary(student, teacher, ["<|im_end|>", "<|endoftext|>"])
+    assert (own.stop_token_ids, both.stop_token_ids) == ((0,), (2, 0))
+    require_named_ends(both, student)
+    with pytest.raises(ConfigError, match=r"stop_tokens = .*ends responses at <\|im_end\|> too.*Name it as well"):
+        require_named_ends(own, student)
+    (student / "generation_config.json").write_text('{"eos_token_id": 0}')
+    require_named_ends(own, student)
+    (student / "generation_config.json").write_text('{"eos_token_id": "two"}')
+    with pytest.raises(DataError, match=r"generation_config.json: is no generation config .*Download the model again"):
+        load_vocabulary(student, teacher, ())
 
 
 def test_an_embedding_that_does_not_hold_the_tokenizers_ids_is_told_of_its_model(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from scipy.stats import ttest_rel
 
 from megatron_distill import config as config_module
 from megatron_distill.config import DistillConfig, RunConfig
-from megatron_distill.config.loading import every
+from megatron_distill.config.loading import every, load_made
 from megatron_distill.config.schedules import constant
 from megatron_distill.errors import CheckpointError, ConfigError, DataError, DistillError
 from megatron_distill.launch import local, preflight
@@ -640,6 +640,18 @@ def test_the_pages_of_kept_results_are_what_would_be_written_now(kept: Path, tmp
     shutil.copy(kept, tmp_path)
     assert redraw([str(tmp_path / kept.name)]) == 0
     assert (tmp_path / "results.md").read_text() == kept.with_name("results.md").read_text()
+
+
+@pytest.mark.parametrize("kept", sorted(STUDIES.glob("*/results.json")), ids=lambda path: path.parent.name)
+def test_kept_results_answer_what_their_command_asks(kept: Path) -> None:
+    """Whoever rewords or moves a study writes its results of ``docs/study`` again: same arms, seeds, claims and comparisons."""
+    results = load(kept)
+    study = load_made(results.command.split()[2], Study, "study")
+    assert (results.command, results.title, tuple(results.seeds)) == (study.command, study.title, study.seeds)
+    assert list(results.arms) == [arm.name for arm in study.arms]
+    assert [(one.claim, one.comparisons) for one in results.questions] == [
+        (one.claim, one.comparisons) for one in study.questions
+    ]
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"runs": 3}', "[]"])

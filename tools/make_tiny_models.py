@@ -283,9 +283,12 @@ def trained_model(
 
 def save_model(role: Role, model: Qwen3ForCausalLM, wrapped: PreTrainedTokenizerFast, out: Path) -> None:
     """Saves weights, config and tokenizer as a Hugging Face directory ``out/NAME``."""
+    # As published: a base model ends with its own token alone, a chat model with its own or the base model's.
+    ends = wrapped.convert_tokens_to_ids(
+        sorted({role.stop_token, END_OF_TEXT}, key=lambda token: token != role.stop_token)
+    )
     model.generation_config = GenerationConfig(
-        # Its own first; each also stops on the other's.
-        eos_token_id=wrapped.convert_tokens_to_ids(sorted(STOP_TOKENS, key=lambda token: token != role.stop_token)),
+        eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=wrapped.pad_token_id,
         do_sample=True,
         temperature=1.0,

@@ -188,7 +188,9 @@ class RolloutConfig:
         "tools between turns",
     )
     stop_tokens: tuple[str, ...] = plain(
-        (), "tokens that end a response; they stop generation and count as one action in the loss"
+        (),
+        "tokens that end a response; they stop generation and count as one action in the loss; by default all that end either "
+        "model's. Those that end the student's by its files (eos_token_id) must be among them",
     )
 
 

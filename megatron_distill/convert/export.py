@@ -6,10 +6,12 @@ In: a run folder or a ``torch_dist`` checkpoint, and a step. Out: a directory th
 from pathlib import Path
 
 from megatron_distill import config as config_module
+from megatron_distill.config import RunConfig
 from megatron_distill.convert.damage import damage_of
 from megatron_distill.convert.megatron_files import MegatronCheckpoint
 from megatron_distill.convert.offline import megatron_to_hf
 from megatron_distill.errors import CheckpointError
+from megatron_distill.models.vocabulary import load_vocabulary
 from megatron_distill.runs import marks
 from megatron_distill.runs.checkpoints import directory_name, steps_in
 from megatron_distill.runs.run_folder import RunFolder
@@ -32,15 +34,24 @@ def export(source: Path, target: Path, *, step: int | None, hf_dir: Path | None,
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
+    end_token_ids: tuple[int, ...] = ()
     if marks.kind_of(source) == "run":
         folder = RunFolder(source)
         directory = checkpoint_of(folder, step)
-        hf_dir = hf_dir or Path(config_module.load(folder.config).student.path)
+        config = config_module.load(folder.config)
+        hf_dir = hf_dir or Path(config.student.path)
+        end_token_ids = _ends(config, hf_dir)
     else:
         directory = MegatronCheckpoint(source).directory if step is None else _of_step(source, step)
     check_whole(directory)
-    megatron_to_hf(directory, target, hf_dir=hf_dir, overwrite=overwrite)
+    megatron_to_hf(directory, target, hf_dir=hf_dir, overwrite=overwrite, end_token_ids=end_token_ids)
     return directory
+
+
+def _ends(config: RunConfig, hf_dir: Path) -> tuple[int, ...]:
+    """What ended the run's responses; of its teacher's tokens those that the config names, if the teacher is gone."""
+    teacher = Path(config.teacher.path) if config.teacher.path else hf_dir
+    return load_vocabulary(hf_dir, teacher if teacher.is_dir() else hf_dir, config.rollouts.stop_tokens).stop_token_ids
 
 
 def checkpoint_of(folder: RunFolder, step: int | None) -> Path:

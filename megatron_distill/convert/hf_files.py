@@ -15,7 +15,7 @@ import errno
 import json
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,6 +294,17 @@ def copy_companions(source: str | Path, target: Path) -> None:
     templates = Path(source) / _CHAT_TEMPLATES
     if templates.is_dir():
         shutil.copytree(templates, target / _CHAT_TEMPLATES)
+
+
+def name_end_tokens(target: Path, token_ids: Sequence[int]) -> None:
+    """Add to what ends a response by ``generation_config.json``: whoever serves the model then stops where its training did."""
+    file = target / "generation_config.json"
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    named = generation.get("eos_token_id")
+    ends = named if isinstance(named, list) else [named] if named is not None else []
+    if set(token_ids) - set(ends):
+        generation["eos_token_id"] = list(dict.fromkeys((*ends, *token_ids)))
+        file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def write_config(config: HfConfig, target: Path, dtype: torch.dtype | None = None) -> None:

@@ -30,6 +30,7 @@ from megatron_distill.convert.hf_files import (
     atomic_directory,
     check_free_space,
     copy_companions,
+    name_end_tokens,
     write_config,
 )
 from megatron_distill.convert.layout import hf_of_shards, shard_of_hf
@@ -141,6 +142,7 @@ def save_hf(
     max_file_bytes: int = DEFAULT_FILE_BYTES,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     names_group: dist.ProcessGroup | None = None,
+    end_token_ids: Sequence[int] = (),
 ) -> None:
     """Write the live model as a Hugging Face directory that transformers and SGLang load; collective over all ranks.
 
@@ -156,6 +158,7 @@ def save_hf(
         max_file_bytes: size of one safetensors file.
         bucket_bytes: see ``stream_hf_tensors``.
         names_group: see ``stream_hf_tensors``.
+        end_token_ids: end a response, beside those that ``src_dir`` names.
 
     Raises:
         CheckpointError: on every rank alike: the target exists, the disk is too small, or the model is incomplete.
@@ -170,6 +173,7 @@ def save_hf(
             check_free_space(partial, writer.num_bytes)
             write_config(hf_config, partial, entries[0].dtype)
             copy_companions(src_dir, partial)
+            name_end_tokens(partial, end_token_ids)
             with writer:
                 for bucket in buckets:
                     for name, tensor in bucket:

@@ -7,7 +7,7 @@ Names to know: ``hf_to_megatron``, ``megatron_to_hf``, ``companion_of``.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,6 +19,7 @@ from megatron_distill.convert.hf_files import (
     atomic_directory,
     check_free_space,
     copy_companions,
+    name_end_tokens,
     write_config,
 )
 from megatron_distill.convert.layout import hf_of_shards, shard_of_hf
@@ -91,6 +92,7 @@ def megatron_to_hf(
     hf_dir: str | Path | None = None,
     max_file_bytes: int = DEFAULT_FILE_BYTES,
     overwrite: bool = False,
+    end_token_ids: Sequence[int] = (),
 ) -> None:
     """Write a Hugging Face directory from a ``torch_dist`` checkpoint that any tp, pp and ep wrote.
 
@@ -100,6 +102,7 @@ def megatron_to_hf(
         hf_dir: where ``config.json``, tokenizer and the like come from; by default ``hf/`` in the checkpoint.
         max_file_bytes: size of one safetensors file.
         overwrite: replace an existing target once the new one is complete.
+        end_token_ids: end a response, beside those that ``hf_dir`` names.
 
     Raises:
         CheckpointError: the source is incomplete, corrupt, or holds weights we do not understand, or the disk is too
@@ -120,6 +123,7 @@ def megatron_to_hf(
                 for planned_tensor, tensor in zip(rule.hf, tensors, strict=True):
                     writer.write(planned_tensor.name, tensor)
         copy_companions(companion, partial)
+        name_end_tokens(partial, end_token_ids)
         write_config(config, partial, dtype)
 
 

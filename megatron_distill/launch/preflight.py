@@ -15,7 +15,7 @@ from megatron_distill.launch.disk import bytes_to_come
 from megatron_distill.launch.layouts import layout_problems
 from megatron_distill.models import hub
 from megatron_distill.models.hf_config import HfConfig
-from megatron_distill.models.vocabulary import load_vocabulary
+from megatron_distill.models.vocabulary import load_vocabulary, require_named_ends
 from megatron_distill.rollouts.prompts import load_prompt_set, load_training_set
 from megatron_distill.rollouts.solutions import check_solutions
 from megatron_distill.runs import marks, trackers
@@ -122,6 +122,7 @@ def _data_problems(config: RunConfig, notes: list[str]) -> list[str]:
         vocabulary = load_vocabulary(
             config.student.path, config.teacher.path or config.student.path, config.rollouts.stop_tokens
         )
+        require_named_ends(vocabulary, config.student.path)
     except DistillError as error:
         return [str(error)]
     if config.needs_teacher_server and config.teacher.num_logprobs > vocabulary.size:

@@ -154,7 +154,15 @@ class Session:
         """Write the student as it is now, in the place of an earlier one. Collective."""
         assert self._live is not None
         world = self._live.cycle.ranks.world
-        save_hf(self._chunks, self.hf_config, self.config.student.path, directory, overwrite=True, names_group=world)
+        save_hf(
+            self._chunks,
+            self.hf_config,
+            self.config.student.path,
+            directory,
+            overwrite=True,
+            names_group=world,
+            end_token_ids=self.vocabulary.stop_token_ids,
+        )
 
     @property
     def chunks(self) -> list[Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_distill.config.json_files import json_of
 from megatron_distill.errors import ConfigError, DataError
 from megatron_distill.models.hf_config import HfConfig
 
@@ -38,7 +39,7 @@ def load_vocabulary(student: str | Path, teacher: str | Path, stop_tokens: Seque
     Args:
         student: Hugging Face directory.
         teacher: Hugging Face directory.
-        stop_tokens: texts of the stop tokens; without any, the end tokens of both tokenizers.
+        stop_tokens: texts of the stop tokens; without any, the end tokens of both tokenizers and models.
 
     Raises:
         DataError: a directory without a tokenizer, or two vocabularies that differ.
@@ -59,21 +60,6 @@ def load_vocabulary(student: str | Path, teacher: str | Path, stop_tokens: Seque
             "probabilities id by id. Choose a teacher of the student's family."
         )
     tokenizer = tokenizers["student"]
-    if not stop_tokens:
-        stop_tokens = list(dict.fromkeys(t.eos_token for t in tokenizers.values() if t.eos_token))
-    if not stop_tokens:
-        raise ConfigError(
-            f"rollouts.stop_tokens = []: the tokenizers of {student} and {teacher} name no end token: no response could end. "
-            f"{_end_token_remedy(tokenizer)}"
-        )
-    ids = []
-    for token in stop_tokens:
-        if token not in ours:
-            raise ConfigError(
-                f"rollouts.stop_tokens = {token!r}: not one token of {student}. A stop token must be a token of its own. "
-                "Name one of: " + ", ".join(map(repr, tokenizer.all_special_tokens)) + "."
-            )
-        ids.append(ours[token])
     sizes = []
     for role, path in (("student", student), ("teacher", teacher)):
         sizes.append(size := HfConfig.from_dir(path).vocab_size)
@@ -83,7 +69,62 @@ def load_vocabulary(student: str | Path, teacher: str | Path, stop_tokens: Seque
                 f"but the {role}'s embedding holds only {size}. The model directory is damaged, or tokenizer and model do not "
                 "belong together."
             )
-    return Vocabulary(tokenizer, min(sizes), tuple(ids))
+    stop_token_ids = tuple(_id_of(token, student, tokenizer) for token in stop_tokens)
+    if not stop_tokens:
+        named = [one.eos_token_id for one in tokenizers.values() if one.eos_token_id is not None]
+        stop_token_ids = tuple(dict.fromkeys((*named, *end_token_ids(student), *end_token_ids(teacher))))
+    if not stop_token_ids:
+        raise ConfigError(
+            f"rollouts.stop_tokens = []: the files of {student} and {teacher} name no end token: no response could end. "
+            f"{_end_token_remedy(tokenizer)}"
+        )
+    return Vocabulary(tokenizer, min(sizes), stop_token_ids)
+
+
+def end_token_ids(path: str | Path) -> tuple[int, ...]:
+    """Ids at which a server ends a model's response by itself, whatever it is asked: ``eos_token_id`` in the files of its
+    Hugging Face directory, as SGLang unites them.
+
+    Raises:
+        DataError: generation_config.json is not one.
+    """
+    file = Path(path) / "generation_config.json"
+    try:
+        generation = json_of(file) if file.exists() else {}
+        named = (HfConfig.from_dir(path).raw.get("eos_token_id"), generation.get("eos_token_id"))
+        lists = (ids if isinstance(ids, list) else [ids] for ids in named if ids is not None)
+        return tuple(dict.fromkeys(int(one) for ids in lists for one in ids))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file}: is no generation config ({error}). Download the model again, or delete the file."
+        ) from error
+
+
+def require_named_ends(vocabulary: Vocabulary, student: str | Path) -> None:
+    """Refuse stop tokens that leave out one at which the student's server ends responses by itself.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    tokenizer = vocabulary.tokenizer
+    ends = [one for one in end_token_ids(student) if one not in vocabulary.stop_token_ids and one < len(tokenizer)]
+    if ends:
+        named, unnamed = (tokenizer.convert_ids_to_tokens(list(ids)) for ids in (vocabulary.stop_token_ids, ends))
+        raise ConfigError(
+            f"rollouts.stop_tokens = {named}: the student's server ends responses at {', '.join(unnamed)} too, since "
+            f"eos_token_id in {student} says so, and the loss would take that for a word like others. Name it as well, or "
+            "take it out of config.json and generation_config.json."
+        )
+
+
+def _id_of(token: str, student: str | Path, tokenizer: Any) -> int:
+    vocabulary = tokenizer.get_vocab()
+    if token not in vocabulary:
+        raise ConfigError(
+            f"rollouts.stop_tokens = {token!r}: not one token of {student}. A stop token must be a token of its own. "
+            "Name one of: " + ", ".join(map(repr, tokenizer.all_special_tokens)) + "."
+        )
+    return int(vocabulary[token])
 
 
 def _end_token_remedy(tokenizer: Any) -> str:
