@@ -185,7 +185,7 @@ def open_book() -> Study:
     learns = Question(
         title="A model's own open book as its teacher",
         claim="What a model answers with the facts before it, it learns to answer without, under either direction of the KL, "
-        "and by the facts: from a page of other ones it does not.",
+        "and more from its facts than from a page of other ones.",
         arms=labels(elsewhere, forward, reverse),
         columns=("gain_avg_at_k", *COLUMNS),
         figures=(over_steps("book", "Held-out accuracy, length and entropy over training"), divergences("book")),

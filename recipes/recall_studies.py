@@ -6,7 +6,8 @@
 All of them share the folder, also with ``recall_open_questions``, so that an arm which several ask for is made once. Written
 down before their confirming runs: hypotheses (each question's claim and comparisons), settings (``recall``), what is judged
 (all evaluations on the way, or the last one) and seeds. The settings were looked for with seeds of 100 and more, in which what
-runs away mostly came back within 200 steps.
+runs away mostly came back within 200 steps. Since then claims were cut down to what their comparisons test: "does not run away"
+to "runs away less", and, of what another page teaches in `recall_open_questions.open_book`, "nothing" to "less".
 
 `runaway` asks whether it happens and what prevents it; `controls` which of its ingredients it needs; `design_space` where
 among prefix sources and between the directions of the KL it happens; `gate` what the entropy gate adds to a ladder; `hand_off`
@@ -69,8 +70,8 @@ def runaway() -> Study:
     )
     mixing = Question(
         title="Remedy: KL mixing",
-        claim="Over the long horizon mostly forward KL (w = 0.2) does not run away, and is more accurate on the way than "
-        "either end.",
+        claim="Over the long horizon mostly forward KL (w = 0.2) runs away less, and is more accurate on the way than either "
+        "end.",
         arms=labels(REVERSE_LONG, MIXED_LONG, FORWARD_LONG),
         columns=COLUMNS,
         figures=(over_steps("mixing", "Held-out accuracy, length and entropy over training"), divergences("mixing")),
@@ -106,14 +107,14 @@ def controls() -> Study:
             (
                 flat,
                 "Needs a hazard that rises",
-                "Under a teacher whose hesitation does not feed itself nothing runs away.",
+                "Under a teacher whose hesitation does not feed itself it runs away less.",
             ),
-            (slow, "Depends on the learning rate", "At 0.4 of the learning rate nothing runs away."),
-            (REVERSE_LONG_TEACHER, "Needs the student's prefixes", "At the teacher's prefixes nothing runs away."),
+            (slow, "Depends on the learning rate", "At 0.4 of the learning rate it runs away less."),
+            (REVERSE_LONG_TEACHER, "Needs the student's prefixes", "At the teacher's prefixes it runs away less."),
             (
                 mean,
                 "Needs a mean over tokens",
-                "Where a response that loops weighs no more than one that answers, nothing runs away.",
+                "Where a response that loops weighs no more than one that answers, it runs away less.",
             ),
         )
     )
@@ -162,8 +163,8 @@ def design_space() -> Study:
     )
     prefixes = Question(
         title="Prefix source and direction",
-        claim="Of the four only reverse KL at the student's prefixes runs away; at the teacher's, reverse KL is more accurate "
-        "and forward KL keeps more entropy; under forward KL the student's prefixes are the more accurate.",
+        claim="Of the four reverse KL at the student's prefixes runs away the furthest; at the teacher's, reverse KL is more "
+        "accurate and forward KL keeps more entropy; under forward KL the student's prefixes are the more accurate.",
         arms=labels(FORWARD_LONG_TEACHER, REVERSE_LONG_TEACHER, FORWARD_LONG, REVERSE_LONG),
         columns=(*COLUMNS, "seconds", "reuse_seconds"),
         figures=(
