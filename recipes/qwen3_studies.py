@@ -1,11 +1,11 @@
 """The questions of arXiv 2605.16826 at its own scale: Qwen3-0.6B-Base from Qwen3-4B or 8B, on DeepScaleR, 8 GPUs a run.
 
-    megatron-distill study qwen3_studies.from_4b --cluster example_h100              # or from_8b, or stop_tokens
-    megatron-distill study qwen3_studies.from_4b --cluster example_h100 --quick      # 20 steps of each arm, one seed
+    megatron-distill study qwen3_studies.from_4b --dir runs/study-qwen3 --cluster example_h100    # or from_8b, or stop_tokens
+    megatron-distill study qwen3_studies.from_4b --cluster example_h100 --quick                   # 20 steps an arm, one seed
 
-They are validated by the tests and have not been run: that takes GPUs. What they ask on two cores, and what came of it, is in
-docs/study. Held-out problems are those of MATH-500 (200 of them) every 100 steps; ``megatron-distill eval RUN --set aime24``
-measures a finished run elsewhere.
+In one folder from_4b and stop_tokens make the arms that they share once. All studies are validated by the tests and have not
+been run: that takes GPUs. What they ask on two cores, and what came of it, is in docs/study. Held-out problems are those of
+MATH-500 (200 of them) every 100 steps; ``megatron-distill eval RUN --set aime24`` measures a finished run elsewhere.
 """
 
 from dataclasses import replace
@@ -122,7 +122,7 @@ def _study(name: str, title: str, function: str, arms: list[Arm], questions: tup
         name=name,
         title=title,
         scope="Qwen3-0.6B-Base learns mathematics from a larger Qwen3, with the settings of arXiv 2605.16826.",
-        command=f"megatron-distill study qwen3_studies.{function} --cluster PROFILE",
+        command=f"megatron-distill study qwen3_studies.{function} --dir runs/study-qwen3 --cluster PROFILE",
         arms=tuple(arms),
         seeds=SEEDS,
         questions=questions,
