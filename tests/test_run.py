@@ -212,14 +212,15 @@ def test_hidden_states_from_a_server_teach_what_the_teacher_in_the_trainer_does(
 def test_interrupted_run_stops_everything_and_resumes(tmp_path: Path) -> None:
     """Ctrl-C ends all processes with code 130 and keeps the checkpoint; the same command goes on from there."""
     run_dir, folder = tmp_path / "run", RunFolder(tmp_path / "run")
-    process = start(run_dir, "num_steps=40", "save_every_steps=1")
+    options = "save_every_steps=1", "optimizer.warmup_frac=0"
+    process = start(run_dir, "num_steps=40", *options)
     wait_until(lambda: folder.latest_checkpoint_step() >= 1 or process.poll() is not None, "its first steps")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 130, output
     wait_until_none_names(str(run_dir))
     reached = folder.latest_checkpoint_step()
-    code, output = run(run_dir, f"num_steps={reached + 1}", "save_every_steps=1")
+    code, output = run(run_dir, f"num_steps={reached + 1}", *options)
     assert code == 0, output
     assert f"resuming {run_dir} at step {reached}" in output
     assert folder.steps()[-1]["step"] == reached + 1

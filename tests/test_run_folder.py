@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from megatron_distill.recipes import tiny
 from megatron_distill import config as config_module
 from megatron_distill.cli.main import main
 from megatron_distill.errors import CheckpointError, DistillError
-from megatron_distill.launch import job_scripts, processes
+from megatron_distill.launch import job_scripts, launch, processes
 from megatron_distill.launch.launch import check_folder, opened
 from megatron_distill.launch.resume import refused_changes
 from megatron_distill.pages.report import write_report
@@ -107,12 +108,12 @@ def test_only_what_does_not_change_the_result_may_differ_in_a_resume(tmp_path: P
     folder, config = RunFolder(tmp_path / "run"), tiny.quickstart()
     with opened(config, folder):
         folder.checkpoints.mkdir()
-        folder.checkpoint_tracker.write_text("3")
+        folder.checkpoint_tracker.write_text("5")
     change = config_module.with_overrides
     check_folder(change(config, ["num_steps=50"]), folder)
-    with pytest.raises(DistillError, match=r"another config \(seed differ\) at step 3"):
+    with pytest.raises(DistillError, match=r"another config \(seed differ\) at step 5"):
         check_folder(change(config, ["seed=7"]), folder)
-    with pytest.raises(DistillError, match="has come to 3 steps"):
+    with pytest.raises(DistillError, match="has come to 5 steps"):
         check_folder(change(config, ["num_steps=2"]), folder)
 
 
@@ -158,6 +159,38 @@ def test_an_evaluation_that_would_freshen_rollouts_may_not_move(tmp_path: Path) 
     assert refused_changes(config, moved) == ["evaluation.every_steps", "servers.evaluation_replicas"]
 
 
+def test_warm_up_is_not_made_longer_or_shorter_midway(tmp_path: Path) -> None:
+    """Its length is a share of all steps: another number of them would raise or lower the rate of a run that stands within the
+    longer of both; after that it is free, in either direction."""
+    folder, change = RunFolder(tmp_path / "run"), config_module.with_overrides
+    config = change(tiny.quickstart(), ["num_steps=40", "optimizer.warmup_frac=0.1"])
+    with opened(config, folder):
+        folder.checkpoints.mkdir()
+    longer, shorter = change(config, ["num_steps=200"]), change(config, ["num_steps=20"])
+    for step, refused in {3: [longer, shorter], 4: [longer], 19: [longer], 20: []}.items():
+        folder.checkpoint_tracker.write_text(str(step))
+        for one in refused:
+            wanted = f"num_steps = {one.num_steps} instead of 40 .* after step {step}: .* {one.warmup_steps} steps instead of"
+            with pytest.raises(DistillError, match=wanted):
+                check_folder(one, folder)
+        for one in (longer, shorter, config):
+            if one not in refused:
+                check_folder(one, folder)
+
+
+def test_warm_up_is_looked_at_again_where_a_damaged_checkpoint_leads_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that counts is that of the checkpoint which is gone on from."""
+    folder, config = RunFolder(tmp_path / "run"), tiny.quickstart()
+    with opened(config, folder):
+        folder.checkpoints.mkdir()
+        folder.checkpoint_tracker.write_text("30")
+    monkeypatch.setattr(launch, "whole_checkpoint", lambda folder, _: folder.checkpoint_tracker.write_text("3"))
+    with pytest.raises(DistillError, match="after step 3"), opened(replace(config, num_steps=200), folder):
+        pass
+
+
 def test_a_rate_that_falls_to_the_end_keeps_its_end() -> None:
     """The number of steps is free at a constant learning rate only."""
     config = config_module.with_overrides(tiny.quickstart(), ["optimizer.lr_decay=cosine"])
@@ -198,6 +231,7 @@ def test_after_a_rewind_every_step_has_one_record(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, time
+from dataclasses import replace
 from pathlib import Path
 from megatron_distill.runs.lock import RunLock, take_part
 root = Path(sys.argv[1])

@@ -4,6 +4,7 @@ In: nothing. Out: ``RunConfig`` and its sections, plain frozen values; what is d
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -301,6 +302,11 @@ class RunConfig:
     def num_ranks(self) -> int:
         """Trainer processes."""
         return self.student.parallel.num_ranks
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps over which the learning rate rises: fewer than all, which Megatron asserts."""
+        return min(math.ceil(self.optimizer.warmup_frac * self.num_steps), self.num_steps - 1)
 
     def is_saved_at(self, step: int) -> bool:
         """Whether Megatron writes a checkpoint once ``step`` optimizer steps are done."""

@@ -22,7 +22,7 @@ from megatron_distill import config as config_module
 from megatron_distill.config import RunConfig
 from megatron_distill.errors import DistillError
 from megatron_distill.launch import endpoints
-from megatron_distill.launch.resume import refused_changes, whole_checkpoint
+from megatron_distill.launch.resume import changed_warmup, refused_changes, whole_checkpoint
 from megatron_distill.models import hub
 from megatron_distill.runs import marks
 from megatron_distill.runs.lock import RunLock
@@ -92,7 +92,8 @@ def check_folder(config: RunConfig, folder: RunFolder) -> None:
             "run. Put the file back, or choose another --run-dir or name=..."
         )
     if step:
-        if changed := refused_changes(config_module.load(folder.config), config):
+        before = config_module.load(folder.config)
+        if changed := refused_changes(before, config):
             raise DistillError(
                 f"{where}: holds a run of another config ({', '.join(changed)} differ) at step {step}. "
                 "Resuming would mix the two. To go on from a checkpoint with another config: megatron-distill fork. Or choose "
@@ -104,6 +105,8 @@ def check_folder(config: RunConfig, folder: RunFolder) -> None:
                 f"num_steps = {config.num_steps} to go on, choose another --run-dir or name=..., or delete the folder to start "
                 "over."
             )
+        if changed_rate := changed_warmup(before, config, step):
+            raise DistillError(f"{where}: {changed_rate}")
     for model in (folder.hf, folder.hf_best):
         marks.check_replaceable(model, f"run folder's {model.name}")
 
@@ -123,6 +126,7 @@ def opened(config: RunConfig, folder: RunFolder) -> Iterator[int]:
     with RunLock(folder.root):
         check_folder(config, folder)  # again, since another launcher may have been here meanwhile
         step = whole_checkpoint(folder, config.on_damaged_checkpoint == "use_previous")
+        check_folder(config, folder)  # and again, since that may be an earlier one
         folder.forget_last_start()
         folder.rewind(step)
         endpoints.forget(folder)

@@ -46,6 +46,22 @@ def refused_changes(before: RunConfig, now: RunConfig) -> list[str]:
     return sorted(name for name in changed - free if not name.startswith(FREE_SECTIONS))
 
 
+def changed_warmup(before: RunConfig, now: RunConfig, step: int) -> str:
+    """What another number of steps would do to the learning rate from ``step`` on; empty if nothing.
+
+    Megatron takes warm-up's length from the config of now, and looks again at each step whether it is over.
+    """
+    last = max(before.warmup_steps, now.warmup_steps)
+    if before.warmup_steps == now.warmup_steps or step >= last:
+        return ""
+    return (
+        f"num_steps = {now.num_steps} instead of {before.num_steps} would change the learning rate after step {step}: warm-up, "
+        f"optimizer.warmup_frac of all steps, would take {now.warmup_steps} steps instead of {before.warmup_steps}. A "
+        f"checkpoint of step {last} or later may go on so. To go on from this one, with the optimizer.warmup_frac that you "
+        "mean (0 is no warm-up): megatron-distill fork."
+    )
+
+
 def _same_place(one: object, other: object) -> bool:
     return isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
 
