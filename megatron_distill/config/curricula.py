@@ -39,7 +39,7 @@ class Ladder:
         "the horizons, in rising order",
         "[1, 1e9]",
     )
-    stage_steps: int = plain(100, "optimizer steps of one stage; a gate is tested at its end", "[1, 1e9]")
+    stage_steps: int = plain(100, "optimizer steps of one stage", "[1, 1e9]")
 
     def fastest_schedule(self, num_steps: int) -> Schedule:
         """The horizon at each of ``num_steps`` steps."""
@@ -54,7 +54,7 @@ class Progressive:
     start_tokens: int = plain(128, "horizon of the first stage", "[1, 1e9]")
     growth_tokens: int = plain(128, "how much longer each stage's horizon is than the one before", "[1, 1e9]")
     end_tokens: int = plain(4096, "where the horizon stops growing", "[1, 1e9]")
-    stage_steps: int = plain(100, "optimizer steps of one stage; a gate is tested at its end", "[1, 1e9]")
+    stage_steps: int = plain(100, "optimizer steps of one stage", "[1, 1e9]")
 
     def fastest_schedule(self, num_steps: int) -> Schedule:
         """The horizon at each of ``num_steps`` steps."""
@@ -73,7 +73,7 @@ class EntropyGated:
         "the horizons, in rising order",
         "[1, 1e9]",
     )
-    stage_steps: int = plain(100, "optimizer steps of one stage; a gate is tested at its end", "[1, 1e9]")
+    stage_steps: int = plain(100, "optimizer steps of one stage; its gates are tested at its end", "[1, 1e9]")
     min_entropy_nats: float = plain(
         0.1,
         "held-out entropy that the next rung requires. Under reverse KL it collapses to about 0.05 and a "

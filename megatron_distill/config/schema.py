@@ -54,7 +54,7 @@ class StudentConfig:
     )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dtype: Literal["fp32", "bf16"] = plain("fp32", "parameters and activations in training")
-    distributed_optimizer: bool = plain(False, "shard optimizer state over dp")
+    distributed_optimizer: bool = plain(False, "shard optimizer state over dp x cp")
     recompute: Literal["none", "selective", "full"] = plain(
         "none",
         "activations that the backward pass computes again instead of keeping them; selective: inside attention, which flash "
