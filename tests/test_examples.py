@@ -19,6 +19,7 @@ from megatron_distill.runs.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "examples.md").read_text()
+[PROFILE] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
 LAPTOP, NODE, NODES = re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
 
 
@@ -93,9 +94,7 @@ def test_the_laptops_commands(place: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(("section", "gpus"), [(NODE, 8), (NODES, 32)])
 def test_the_commands_of_nodes(section: str, gpus: int, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Plans are made and fit, job scripts are printed, configs break no rule; a recipe takes as many GPUs as the page says."""
-    profile = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    if profile:
-        (place / "ours.py").write_text(profile[1])
+    (place / "ours.py").write_text(PROFILE)
     planned = 0
     for command in commands(section):
         if command[0] == "plan":

@@ -199,18 +199,6 @@ def test_a_launcher_that_is_killed_takes_its_trackers_along(folder: RunFolder) -
     wait_until(lambda: '"close"' in (folder.root / "mine.jsonl").read_text(), "the trackers' end")
 
 
-def test_the_example_of_the_docs_works(folder: RunFolder) -> None:
-    """The tracker that docs/trackers.md shows, as it stands there."""
-    page = (Path(__file__).parents[1] / "docs" / "trackers.md").read_text()
-    path = folder.root.parent / "my_tracker.py"
-    path.write_text(page.split("```python\n")[1].split("```")[0])
-    config = prepared(folder, f"{path}:tracker")
-    with track(config, folder):
-        for step, share in enumerate((0.1, 0.6, 0.7), 1):
-            append(folder.metrics, {"step": float(step), "truncated_frac": share})
-    assert (folder.root / "alarm.txt").read_text() == "step 2: half of the responses are cut off\n"
-
-
 def test_what_cannot_be_built_is_refused_before_anything_starts(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -334,7 +334,7 @@ METRICS: tuple[Metric, ...] = (
         "Time",
         "Seconds from gathered to served by all servers, verified, of the weights that this step began with.",
         "Below train_s where steps are drawn ahead: then nobody waits for it.",
-        "Large: see docs/conversion.md for transports.",
+        "Large: see docs/sglang.md for transports.",
         form=".2f",
     ),
     Metric("step_s", "Time", "Seconds of the whole step.", "Stable.", "Grows: see the phases.", "s/step", ".1f"),
