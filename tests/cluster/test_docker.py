@@ -113,6 +113,16 @@ def test_cuda_is_of_the_minor_version_that_torch_was_built_for() -> None:
     assert f"ARG CUDA_IMAGE=nvidia/cuda:{minor}." in DOCKERFILE.read_text()
 
 
+def test_the_package_is_built_from_all_of_its_sources() -> None:
+    """pyproject.toml names every package's folder, and none may be missing when pip builds it; the dependencies, which take
+    the time, lie in a layer before the code."""
+    steps = [f"{keyword} {rest}" for keyword, rest in stages()["server"]]
+    (built,) = (number for number, step in enumerate(steps) if re.search(r"pip install[^&]* \.( |$)", step))
+    copied = [steps.index(f"COPY {folder} {folder}") for folder in ("megatron_distill", "recipes")]
+    (listed,) = (number for number, step in enumerate(steps) if "['project']['dependencies']" in step)
+    assert listed < min(copied) and max(copied) < built
+
+
 def test_what_the_image_copies_exists_and_passes_the_ignore_file() -> None:
     """A path that .dockerignore holds back would fail only in a build."""
     allowed = (DOCKERFILE.parent / "Dockerfile.dockerignore").read_text().split()
