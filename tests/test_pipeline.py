@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
-from megatron_distill.recipes import tiny
+from megatron_distill.recipes import clusters, tiny
 
 from megatron_distill import config as config_module
+from megatron_distill.cli.main import main
 from megatron_distill.config import RunConfig
 from megatron_distill.config.loading import every
 from megatron_distill.errors import ConfigError, DistillError
+from megatron_distill.launch.nodes import groups_of
 from megatron_distill.launch.pipeline import (
     Evaluations,
     Pipeline,
@@ -121,6 +123,38 @@ def test_an_unsound_late_stage_is_told_before_the_first_one_starts(tmp_path: Pat
     with pytest.raises(ConfigError, match="of different names"):
         run_pipeline(Pipeline("p", stages[:1] * 2), tmp_path, made)
     assert made == []
+
+
+@pytest.mark.slow
+def test_a_late_stage_that_the_cluster_cannot_take_is_told_before_the_first_one_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ranks do not divide into nodes of the profile; the dry run says so too, and refuses a profile that is none."""
+    profile, made = clusters.example_h100(), MadeUpStages(distil=(0.3, 0.5))
+    nine_ranks = [
+        "student.parallel.dp=9",
+        "student.parallel.tp=1",
+        "micro_batch_rollouts=8",
+        "rollouts.prompts_per_step=72",
+    ]
+    wide = Stage("rl", config_module.with_overrides(tiny.quickstart(), nine_ranks), not_worse())
+    pipeline = Pipeline("p", (two_stages().stages[0], wide))
+
+    def check(config: RunConfig, run: RunFolder) -> None:
+        groups_of(config, profile)
+
+    for start in (
+        lambda: run_pipeline(pipeline, tmp_path, made, check),
+        lambda: dry_run(pipeline, tmp_path, check),
+    ):
+        with pytest.raises(ConfigError, match=r"pipeline stage 'rl': .*must be a multiple of the 8 ranks"):
+            start()
+    assert made == []
+    monkeypatch.chdir(tmp_path)
+    assert main(["pipeline", "tiny_rl.pipeline", "--dry-run", "--cluster", "nonsense"]) == 1
+    assert "--cluster" in capsys.readouterr().err
+    assert main(["pipeline", "tiny_rl.pipeline", "--dry-run", "--cluster", "lab", "--dir", "with a blank"]) == 1
+    assert "pipeline stage 'distil': run folder = " in capsys.readouterr().err
 
 
 def test_recipes_name_stages_and_gates() -> None:

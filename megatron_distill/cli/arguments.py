@@ -1,17 +1,15 @@
-"""What several commands share: naming a recipe and changing it, naming a run folder, choosing where to train, the end.
+"""What several commands share: naming a recipe and changing it, naming a run folder, choosing a cluster, the end.
 
-In: a command's parser, or its parsed options. Out: the config, the folder, or what makes a run.
+In: a command's parser, or its parsed options. Out: the config, or the folder.
 """
 
 import argparse
-import functools
 import math
 from pathlib import Path
 
 from megatron_distill import config as config_module
 from megatron_distill.config import RunConfig
 from megatron_distill.config.loading import load_recipe
-from megatron_distill.launch.launch import Train
 from megatron_distill.runs.run_folder import RunFolder
 
 NAME_HELP = "module.function below recipes/, or path/to/file.py:function"
@@ -58,24 +56,13 @@ def chosen_folder(options: argparse.Namespace, config: RunConfig) -> RunFolder:
 
 
 def add_cluster(parser: argparse.ArgumentParser, does: str) -> None:
-    """An optional cluster profile for a command that makes several runs; ``chosen_train`` reads it.
+    """An optional cluster profile for a command that makes several runs.
 
     Args:
         parser: of the command.
         does: what it does with it, e.g. "run each stage as a Slurm job".
     """
     parser.add_argument("--cluster", default="", metavar="PROFILE", help=f"{does} of this profile")
-
-
-def chosen_train(options: argparse.Namespace) -> Train:
-    """What makes a run: a Slurm job of the named profile, or this machine."""
-    if options.cluster:
-        from megatron_distill.launch import cluster
-
-        return functools.partial(cluster.train, cluster.load_profile(options.cluster))
-    from megatron_distill.launch import local
-
-    return local.train
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:

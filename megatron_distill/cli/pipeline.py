@@ -1,10 +1,13 @@
 """``megatron-distill pipeline NAME``: stages with gates between them, run or resumed."""
 
 import argparse
+import functools
 from pathlib import Path
 
-from megatron_distill.cli.arguments import NAME_HELP, add_cluster, chosen_train
+from megatron_distill.cli.arguments import NAME_HELP, add_cluster
 from megatron_distill.config.loading import load_made
+from megatron_distill.launch.launch import Train
+from megatron_distill.launch.pipeline import Check, Pipeline, dry_run, run_pipeline
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,11 +20,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the stages that have not finished."""
-    from megatron_distill.launch.pipeline import Pipeline, dry_run, run_pipeline
-
     pipeline = load_made(options.name, Pipeline, "pipeline")
     folder = (options.dir or Path("runs") / pipeline.name).absolute()
+    train, check = _place(options.cluster)
     if options.dry_run:
-        print(dry_run(pipeline, folder))
+        print(dry_run(pipeline, folder, check))
         return
-    print(run_pipeline(pipeline, folder, chosen_train(options)))
+    print(run_pipeline(pipeline, folder, train, check))
+
+
+def _place(profile_name: str) -> tuple[Train, Check | None]:
+    """What makes a stage's run, and what checks it for that: a Slurm job of the named profile, or this machine."""
+    if profile_name:
+        from megatron_distill.launch import cluster
+
+        profile = cluster.load_profile(profile_name)
+        return functools.partial(cluster.train, profile), lambda config, run: cluster.check_job(config, profile, run)
+    from megatron_distill.launch import local
+
+    return local.train, None

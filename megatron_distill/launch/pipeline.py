@@ -7,8 +7,9 @@ NeMo-Run 0.11 runs later local stages although an earlier one failed, and exits 
 for one of another config; a failed one is resumed by the same command.
 """
 
+import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ Evaluations = Mapping[str, list[dict[str, Any]]]
 
 Gate = Callable[[Evaluations], str | None]
 """Judges a finished stage's evaluations: None to go on, or the reason to stop."""
+
+Check = Callable[[RunConfig, RunFolder], None]
+"""Refuses a run that where it would be made cannot take."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,14 @@ def _named(metric: str, evaluation_set: str) -> str:
     return metric if evaluation_set == HELDOUT else f"{metric} on {evaluation_set}"
 
 
-def run_pipeline(pipeline: Pipeline, folder: Path, train: Train) -> str:
+def run_pipeline(pipeline: Pipeline, folder: Path, train: Train, check: Check | None = None) -> str:
     """Run what has not been run yet, stage by stage.
 
     Args:
         pipeline: the stages.
         folder: a run folder for each stage goes below it; absolute.
         train: makes a stage's run, on this machine or on a cluster.
+        check: of every run to be made, before the first one is, for what a cluster asks besides.
 
     Returns:
         The stages' first and last evaluations, for the console.
@@ -126,7 +131,7 @@ def run_pipeline(pipeline: Pipeline, folder: Path, train: Train) -> str:
     """
     from megatron_distill.pages.compare import compare_runs  # which draws, and recipes import this module
 
-    runs = _planned(_sound(pipeline), folder)
+    runs = _planned(_sound(pipeline), folder, check)
     tables = []
     for number, (stage, config, run) in enumerate(runs, 1):
         print(f"stage {number}/{len(runs)}: {stage.name}", flush=True)
@@ -147,8 +152,8 @@ def run_pipeline(pipeline: Pipeline, folder: Path, train: Train) -> str:
     return told
 
 
-def dry_run(pipeline: Pipeline, folder: Path) -> str:
-    """Check every stage and start none.
+def dry_run(pipeline: Pipeline, folder: Path, check: Check | None = None) -> str:
+    """Check every stage as ``run_pipeline`` does, and start none.
 
     Returns:
         What would be run, and from what.
@@ -158,7 +163,7 @@ def dry_run(pipeline: Pipeline, folder: Path) -> str:
         DistillError: a stage finished before with another config.
     """
     lines = [f"{pipeline.name}: sound. It would run, in {folder}:"]
-    for stage, config, run in _planned(_sound(pipeline), folder):
+    for stage, config, run in _planned(_sound(pipeline), folder, check):
         todo = f"steps {run.latest_checkpoint_step() + 1} to {config.num_steps}"
         if run.has_finished(config.num_steps):
             todo = "nothing: it has finished"
@@ -166,7 +171,7 @@ def dry_run(pipeline: Pipeline, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _planned(pipeline: Pipeline, folder: Path) -> list[tuple[Stage, RunConfig, RunFolder]]:
+def _planned(pipeline: Pipeline, folder: Path, check: Check | None) -> list[tuple[Stage, RunConfig, RunFolder]]:
     """Each stage with its run's config, on the model that the stage before it leaves, and its run folder.
 
     Raises:
@@ -182,6 +187,9 @@ def _planned(pipeline: Pipeline, folder: Path) -> list[tuple[Stage, RunConfig, R
         config = config_module.from_dict(config_module.to_dict(config))
         if run.has_finished(config.num_steps):
             _check_same_config(stage, config, run)
+        elif check is not None:
+            with _told_of(stage):
+                check(config, run)
         planned.append((stage, config, run))
     return planned
 
@@ -214,7 +222,14 @@ def check_pipeline(pipeline: Pipeline) -> None:
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"pipeline.stages = {names}: must be one or more, of different names.")
     for stage in pipeline.stages:
-        try:
+        with _told_of(stage):
             preflight.check(stage.config)
-        except DistillError as error:
-            raise ConfigError(f"pipeline stage {stage.name!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _told_of(stage: Stage) -> Iterator[None]:
+    """Whatever is refused is refused by the stage's name."""
+    try:
+        yield
+    except DistillError as error:
+        raise ConfigError(f"pipeline stage {stage.name!r}: {error}") from error
