@@ -195,6 +195,27 @@ def test_a_fork_stands_at_its_step_with_another_config(
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_fork_takes_a_recipe_wherever_it_stands(
+    folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After an option as docs/keeping.md has it, or before; a second word that sets nothing is refused."""
+    run, changes = str(folder.root), ["num_steps=60", "student.parallel.tp=1"]
+    for number, words in enumerate(
+        (
+            ["--step", "20", "tiny_rl.grpo", *changes],
+            ["tiny_rl.grpo", "--step", "20", *changes],
+            [*changes, "--step", "20"],
+        )
+    ):
+        forked = RunFolder(tmp_path / str(number))
+        assert main(["fork", run, *words, "--run-dir", str(forked.root)]) == 0, capsys.readouterr().err
+        config = config_module.load(forked.config)
+        assert config.name == ("grpo" if "tiny_rl.grpo" in words else "quickstart") and config.num_steps == 60
+    assert main(["fork", run, "--step", "20", "tiny_rl.grpo", "seed", "--run-dir", str(tmp_path / "none")]) == 1
+    assert "override = 'seed': must read section.field=value" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("step", "override", "message"),
     [

@@ -16,8 +16,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = SYNTAX
     parser.add_argument("run", type=Path, help="run folder to begin from")
-    parser.add_argument("recipe", nargs="?", default="", help=f"{RECIPE_HELP} (default: the run's own config)")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="values as JSON, or plain text")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="RECIPE|section.field=value",
+        help=f"{RECIPE_HELP} (default: the run's own config); values as JSON, or plain text",
+    )
     parser.add_argument("--step", type=positive_int, help="of the checkpoint (default: the latest)")
     add_run_dir(parser)
 
@@ -27,11 +31,10 @@ def run(options: argparse.Namespace) -> None:
     from megatron_distill.launch.fork import fork
     from megatron_distill.runs.run_folder import RunFolder
 
-    if "=" in options.recipe:
-        options.overrides = [options.recipe, *options.overrides]
-        options.recipe = ""
     source = RunFolder(options.run.absolute())
-    options.recipe = options.recipe or str(source.config)
+    named = [word for word in options.overrides if "=" not in word][:1]
+    options.recipe = named[0] if named else str(source.config)
+    options.overrides = [word for word in options.overrides if word not in named]
     config = chosen_config(options)
     folder = chosen_folder(options, config)
     step = fork(source, options.step, config, folder)

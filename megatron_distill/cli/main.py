@@ -119,12 +119,15 @@ class _Wrapped(argparse.RawDescriptionHelpFormatter):
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Parse, with overrides wherever they stand: argparse takes ``nargs="*"`` from one place of the line only."""
+    """Parse, with overrides wherever they stand: argparse takes ``nargs="*"`` from one place of the line only.
+
+    What is no override is refused by the command, which knows what else may stand there.
+    """
     parser = make_parser([word for word in argv if word in COMMANDS][:1])
     if argv and argv[0][:1] != "-" and argv[0] not in COMMANDS:
         parser.error(f"no command {argv[0]!r}. {_meant(argv[0], COMMANDS, parser.prog)}")
     options, rest = parser.parse_known_args(argv)
-    if rest and not (hasattr(options, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
+    if rest and not (hasattr(options, "overrides") and not any(item.startswith("-") for item in rest)):
         known = re.findall(r"--\w[\w-]*", _parser_of(options.command).format_help())
         meant = _meant(rest[0].partition("=")[0], known, f"{parser.prog} {options.command}")
         parser.error(f"unrecognized arguments: {' '.join(rest)}. {meant}")
