@@ -55,7 +55,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraints constraints.txt --editable '.[launch,dev]'
 	@touch $@
 
-lock: $(READY)  ## write constraints.txt again, from pyproject.toml and what is installed
+# Nothing is installed before: the constraints of yesterday may refuse what pyproject.toml asks for today.
+lock:  ## write constraints.txt again, from pyproject.toml and what is installed
+	@test -x $(BIN)/uv || { echo "$(BIN)/uv: missing, and lock resolves with it. Type: make setup"; exit 1; }
 	$(BIN)/python tools/lock.py
 
 docs: $(READY)  ## regenerate the generated pages
@@ -65,5 +67,5 @@ docs: $(READY)  ## regenerate the generated pages
 docs-site: $(READY)  ## the documentation as a site, in site/
 	$(BIN)/zensical build --clean --strict
 
-clean:
-	rm -rf .venv runs site
+clean:  ## remove what setup and docs-site made; runs/ may hold days of work, and stays
+	rm -rf .venv site
