@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_distill.launch.local import local_tasks
 from megatron_distill.launch.plan import architecture, plan
 from megatron_distill.megatron import deep_checks
 from megatron_distill.runs.run_folder import RunFolder
+from tests.support.tools import tool
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,11 +49,11 @@ def test_rungs_that_a_machine_cannot_take_are_named_and_skipped(
 def test_one_gpu_takes_every_rung_that_does_not_need_a_second(tmp_path: Path) -> None:
     """Whoever has one card climbs all but the broadcasts and tp 2: trainer and server share it, both fit 80 GiB on paper, and
     the configs are sound."""
-    tools = runpy.run_path(str(ROOT / "tools" / "gpu_check.py"))
-    taken = {name: rung for name, rung in tools["RUNGS"].items() if rung.can_share}
-    assert set(tools["RUNGS"]) - set(taken) == {"tiny_broadcast", "qwen_broadcast", "qwen_tp2"}
+    ladder = tool("gpu_check")
+    taken = {name: rung for name, rung in ladder.RUNGS.items() if rung.can_share}
+    assert set(ladder.RUNGS) - set(taken) == {"tiny_broadcast", "qwen_broadcast", "qwen_tp2"}
     for rung in taken.values():
-        config = tools["config_of"](rung, 1, [])
+        config = ladder.config_of(rung, 1, [])
         tasks = local_tasks(config, RunFolder(tmp_path), ["0"])
         assert {task.env["CUDA_VISIBLE_DEVICES"] for task in tasks} == {"0"}
         if rung.needs_gpu:
@@ -62,8 +62,8 @@ def test_one_gpu_takes_every_rung_that_does_not_need_a_second(tmp_path: Path) ->
             )
             planned = plan(config, student, teacher, 80.0)
             assert planned.trainer_fits and planned.server_fits("student", config.max_sequence_tokens)
-    for rung in tools["RUNGS"].values():
-        config = tools["config_of"](rung, rung.gpus, [])
+    for rung in ladder.RUNGS.values():
+        config = ladder.config_of(rung, rung.gpus, [])
         assert num_gpus(config) == rung.gpus and config.student.dtype == "bf16"
 
 

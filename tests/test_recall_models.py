@@ -1,8 +1,6 @@
 """The shipped models of the recall task: one vocabulary, and what their study rests on, measured from the files."""
 
-import importlib.util
 import json
-import sys
 from itertools import islice, pairwise
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +18,7 @@ from megatron_distill.recipes.recall_task import (
 
 from megatron_distill import recipes
 from megatron_distill.models.vocabulary import load_vocabulary
+from tests.support.tools import tool
 
 MODELS = Path(recipes.__file__).parent / "recall_models"
 STOP_TOKENS = ("<|endoftext|>", "<|im_end|>")
@@ -27,17 +26,8 @@ STOP_TOKENS = ("<|endoftext|>", "<|im_end|>")
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    """The tool that makes the models; a script, so loaded by its path, beside the script that it builds on."""
-    tools = MODELS.parents[1] / "tools"
-    sys.path.insert(0, str(tools))
-    try:
-        spec = importlib.util.spec_from_file_location("make_recall_models", tools / "make_recall_models.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(tools))
-    return module
+    """The tool that makes the models."""
+    return tool("make_recall_models")
 
 
 @pytest.fixture(scope="module")

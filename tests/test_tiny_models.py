@@ -1,8 +1,6 @@
 """The shipped tiny models: one tokenizer, two Qwen3 shapes, a teacher clearly above a student that can still learn."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +14,7 @@ from megatron_distill import recipes
 from megatron_distill.models.vocabulary import end_token_ids
 from megatron_distill.rollouts.problems import load_problems
 from megatron_distill.rollouts.prompts import encode_prompt
+from tests.support.tools import tool
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -27,15 +26,8 @@ STOP_TOKENS = {"teacher": "<|im_end|>", "student": "<|endoftext|>"}
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    """The tool that makes the models; a script, so loaded by its path."""
-    path = MODELS.parents[1] / "tools" / "make_tiny_models.py"
-    spec = importlib.util.spec_from_file_location("make_tiny_models", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    """The tool that makes the models."""
+    return tool("make_tiny_models")
 
 
 @pytest.fixture(scope="module")
