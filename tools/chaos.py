@@ -27,14 +27,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import unkind
 
 from megatron_distill.errors import CheckpointError
 from megatron_distill.launch import processes
 from megatron_distill.runs.run_folder import HELDOUT, RunFolder, append, read_lines
-
-sys.path.insert(0, str(Path(__file__).parent))
-import unkind
 
 NUM_STEPS = 16
 EVALUATED_EVERY_STEPS = 5
@@ -68,7 +68,7 @@ _ROUNDED = ("sampler_gap_nats",)
 
 
 class Start:
-    """One start of a run, and its processes.
+    """One start of a run, and its processes: none of them outlives the ``with`` block.
 
     Attributes:
         overrides: of the recipe, for every start of this program; the unbroken run's too.
@@ -97,6 +97,17 @@ class Start:
                 env=os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"} | _changeable_clock(self.clock) | plugin,
                 start_new_session=True,
             )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while pids := self.pids():  # in a session of their own, which no Ctrl-C reaches
+            processes.send(pids, signal.SIGKILL)
+            time.sleep(_POLL_S)
+        self.process.wait()
 
     def running(self) -> bool:
         return self.process.poll() is None
@@ -129,19 +140,17 @@ class Start:
         return [pid for role in roles for pid in processes.descendants(role)]
 
     def wait(self, limit_s: float = START_LIMIT_S) -> int | None:
-        """The exit code; None if it did not end, and was ended here."""
+        """The exit code; None if it did not end."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(limit_s)
         return None
 
     def left(self, patience_s: float = 90.0) -> list[str]:
-        """What still runs so long after the launcher's end; it is ended here."""
+        """What still runs so long after the launcher's end."""
         deadline = time.monotonic() + patience_s
         while (pids := self.pids()) and time.monotonic() < deadline:
             time.sleep(0.5)
-        names = [" ".join(processes.arguments_of(pid))[:120] for pid in pids]
-        processes.send(pids, signal.SIGKILL)
-        return names
+        return [" ".join(processes.arguments_of(pid))[:120] for pid in pids]
 
 
 def _changeable_clock(clock: Path) -> dict[str, str]:
@@ -185,7 +194,7 @@ def starting(start: Start, rng: random.Random) -> bool:
 
 def stepping(start: Start, rng: random.Random) -> bool:
     """At any time of the next two steps."""
-    wanted = min(NUM_STEPS - 1, max(_resumed(start), _steps(start.folder)) + rng.randint(1, 2))
+    wanted = min(NUM_STEPS - 1, max(_saved(start.folder), _steps(start.folder)) + rng.randint(1, 2))
     came = _until(start, lambda: _steps(start.folder) >= wanted)
     time.sleep(rng.uniform(0, 1.5))
     return came and start.running()
@@ -193,7 +202,7 @@ def stepping(start: Start, rng: random.Random) -> bool:
 
 def saving(start: Start, rng: random.Random) -> bool:
     """While a checkpoint is written: its directory is there, the tracker names the one before."""
-    folder, resumed = start.folder, _resumed(start)
+    folder, resumed = start.folder, _saved(start.folder)
 
     def is_saving() -> bool:
         present = folder.checkpoints.glob("iter_*")
@@ -207,7 +216,7 @@ def saving(start: Start, rng: random.Random) -> bool:
 
 def syncing(start: Start, rng: random.Random) -> bool:
     """While weights are written for the servers, or loaded by them."""
-    resumed = _resumed(start)
+    resumed = _saved(start.folder)
     seen = _until(start, lambda: _steps(start.folder) > resumed and any(start.folder.sync.glob(".v*")))
     time.sleep(rng.uniform(0, 0.1))
     return seen and start.running()
@@ -215,7 +224,7 @@ def syncing(start: Start, rng: random.Random) -> bool:
 
 def evaluating(start: Start, rng: random.Random) -> bool:
     """In the evaluation of a step whose checkpoint is written."""
-    folder, resumed = start.folder, _resumed(start)
+    folder, resumed = start.folder, _saved(start.folder)
 
     def is_evaluating() -> bool:
         step = _saved(folder)
@@ -232,10 +241,6 @@ def ending(start: Start, rng: random.Random) -> bool:
     came = _until(start, lambda: _saved(start.folder) >= NUM_STEPS)
     time.sleep(rng.uniform(0, 2))
     return came and start.running()
-
-
-def _resumed(start: Start) -> int:
-    return _saved(start.folder)
 
 
 def _saved(folder: RunFolder) -> int:
@@ -322,9 +327,9 @@ def _set_clock(start: Start, rng: random.Random) -> None:
 
 def _second_launch(start: Start, rng: random.Random) -> None:
     """A launch of the same folder beside the first; it must be refused, and the first one goes on."""
-    second = Start(start.folder)
-    if second.wait(300) != 1:
-        raise AssertionError("a second launch of a run folder was not refused")
+    with Start(start.folder) as second:
+        if second.wait(300) != 1:
+            raise AssertionError("a second launch of a run folder was not refused")
     start.process.send_signal(signal.SIGTERM)
 
 
@@ -335,7 +340,7 @@ def _damage(change: Callable[[Path], None], name: str) -> Callable[..., None]:
         processes.send(start.pids(), signal.SIGKILL)
         start.wait(60)
         folder = start.folder
-        last = folder.checkpoints / f"iter_{folder.latest_checkpoint_step():07d}"
+        last = folder.checkpoints / f"iter_{_saved(folder):07d}"
         earlier = [path for path in folder.checkpoints.glob("iter_*") if path.name < last.name]
         files = sorted(last.glob(name))
         if earlier and files:
@@ -386,6 +391,7 @@ _ANY = ("starting", "stepping", "saving", "syncing", "evaluating", "ending")
 _LATE = ("stepping", "saving", "syncing", "evaluating")
 
 CLOCK = "clock set by an hour"
+DISK = "disk full"
 
 FAULTS = (
     Fault("SIGKILL of everything", _ANY, _kill(Start.pids)),
@@ -412,7 +418,7 @@ FAULTS = (
     Fault("checkpoint's table of contents cut", ("stepping",), _damage(_truncate, ".metadata")),
     Fault("records cut in mid-line", ("stepping",), _cut_records),
     Fault(CLOCK, _LATE, _set_clock),
-    Fault("disk full", _LATE, _fill_disk, _free_disk),
+    Fault(DISK, _LATE, _fill_disk, _free_disk),
 )
 SHORT = ("SIGKILL of everything", "SIGTERM", "checkpoint truncated")
 
@@ -461,25 +467,24 @@ def _present(folder: RunFolder) -> set[str]:
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def chaos(root: Path, num_faults: int, seed: int, names: list[str], disk: Path | None) -> bool:
+def chaos(root: Path, num_faults: int, seed: int, faults: list[Fault], disk: Path | None) -> bool:
     """Break ``num_faults`` starts; whether every comparison held and nothing was ever left running."""
     rng = random.Random(seed)
     unbroken = RunFolder(root / "unbroken" / "run")
     if not unbroken.finished.exists():
-        start = Start(unbroken)
-        if start.wait() != 0 or start.left():
-            raise SystemExit(f"the unbroken run failed: see {start.output}")
-    plan = _plan(
-        rng, num_faults, [fault for fault in FAULTS if fault.name in names and (disk or fault.name != "disk full")]
-    )
-    chain = len(list(root.glob("chain-*")))
+        with Start(unbroken) as start:
+            if start.wait() != 0 or start.left():
+                raise SystemExit(f"the unbroken run failed: see {start.output}")
+    plan = _plan(rng, num_faults, faults)
+    chain = len(list(read_lines(root / "compared.jsonl")))
     while plan:
         chain += 1
-        on_small_disk = disk is not None and plan[0][0].name == "disk full"
+        on_small_disk = disk is not None and plan[0][0].name == DISK
         folder = RunFolder((disk if on_small_disk and disk else root / f"chain-{chain:03d}") / f"run-{chain:03d}")
-        while plan and (plan[0][0].name == "disk full") == on_small_disk and not folder.finished.exists():
-            _break_once(root, folder, *plan.pop(0), rng)
-        _finish(root, folder, unbroken, chain)
+        failed: list[str] = []
+        while plan and (plan[0][0].name == DISK) == on_small_disk and not folder.finished.exists():
+            failed += _break_once(root, folder, *plan.pop(0), rng)
+        _finish(root, folder, unbroken, failed)
     return _verdict(root)
 
 
@@ -488,18 +493,23 @@ def _plan(rng: random.Random, num_faults: int, faults: list[Fault]) -> list[tupl
     kinds = [faults[index % len(faults)] for index in range(num_faults)]
     rng.shuffle(kinds)
     plan = [(fault, rng.choice(fault.moments)) for fault in kinds]
-    return sorted(plan, key=lambda item: item[0].name == "disk full")
+    return sorted(plan, key=lambda item: item[0].name == DISK)
 
 
-def _break_once(root: Path, folder: RunFolder, fault: Fault, moment: str, rng: random.Random) -> None:
-    start = Start(folder)
-    came = MOMENTS[moment](start, rng)
-    at, began = _steps(folder), time.monotonic()
-    if came:
-        fault.break_it(start, rng)
-    code = start.wait()
-    ended_s = time.monotonic() - began
-    left = start.left()
+def _break_once(root: Path, folder: RunFolder, fault: Fault, moment: str, rng: random.Random) -> list[str]:
+    """One start and its fault; what the fault did not find as it must be, for the comparison of the run."""
+    failed = []
+    with Start(folder) as start:
+        came = MOMENTS[moment](start, rng)
+        at, began = _steps(folder), time.monotonic()
+        try:
+            if came:
+                fault.break_it(start, rng)
+        except (AssertionError, OSError) as error:
+            failed.append(f"{fault.name}: {error}")
+        code = start.wait()
+        ended_s = time.monotonic() - began
+        left = start.left()
     fault.mend(folder)
     record = {
         "fault": fault.name,
@@ -513,20 +523,22 @@ def _break_once(root: Path, folder: RunFolder, fault: Fault, moment: str, rng: r
     append(root / "faults.jsonl", record)
     print(
         f"{folder.root.name}  {fault.name}, {moment}, step {at}: code {code} after {ended_s:.0f} s, left {left}",
+        *failed,
         flush=True,
     )
+    return failed
 
 
-def _finish(root: Path, folder: RunFolder, unbroken: RunFolder, chain: int) -> None:
+def _finish(root: Path, folder: RunFolder, unbroken: RunFolder, failed: list[str]) -> None:
     """Type the same command until the run has finished, and compare."""
     for _ in range(3):
         if folder.finished.exists() and folder.report.exists():
             break
-        start = Start(folder)
-        code, left = start.wait(), start.left()
+        with Start(folder) as start:
+            code, left = start.wait(), start.left()
         if left or code != 0:
             print(f"{folder.root.name}  finishing: code {code}, left {left}: see {start.output}", flush=True)
-    found = differences(folder, unbroken) if folder.finished.exists() else ["did not finish"]
+    found = failed + (differences(folder, unbroken) if folder.finished.exists() else ["did not finish"])
     append(root / "compared.jsonl", {"run": folder.root.name, "differences": found[:20]})
     print(f"{folder.root.name}  {'EQUAL' if not found else found[:5]}", flush=True)
     if not found:
@@ -592,7 +604,9 @@ def main(argv: list[str] | None = None) -> int:
     """Parse and run; 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for the runs and the records; the same folder again adds to them")
-    parser.add_argument("--faults", type=int, default=0, help="how many (default: a few kinds once)")
+    parser.add_argument(
+        "--faults", type=int, default=0, help="how many (default: a few kinds once, or those of --only)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the moments and their order")
     parser.add_argument(
         "--only", action="append", default=[], metavar="WORDS", help="kinds whose name holds these words"
@@ -610,13 +624,19 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     Start.overrides = tuple(options.overrides)
-    kinds = [fault.name for fault in FAULTS] if options.faults else list(SHORT)
-    if not _changeable_clock(root):
-        kinds = [name for name in kinds if name != CLOCK]
-    names = [name for name in kinds if not options.only or any(words in name for words in options.only)]
-    root.mkdir(parents=True, exist_ok=True)
+    asked = [fault for fault in FAULTS if options.faults or options.only or fault.name in SHORT]
     with small_disk(root) as disk:
-        return 0 if chaos(root, options.faults or len(names), options.seed, names, disk) else 1
+        possible = {CLOCK: bool(_changeable_clock(root)), DISK: disk is not None}
+        faults = [
+            fault
+            for fault in asked
+            if possible.get(fault.name, True)
+            and (not options.only or any(words in fault.name for words in options.only))
+        ]
+        if not faults:
+            known = ", ".join(fault.name for fault in FAULTS)
+            parser.error(f"--only {' --only '.join(options.only)}: no fault that is possible here. Of: {known}.")
+        return 0 if chaos(root, options.faults or len(faults), options.seed, faults, disk) else 1
 
 
 if __name__ == "__main__":
