@@ -173,11 +173,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--figure", type=Path, metavar="SVG", help="only draw what was recorded, and print the table")
     options = parser.parse_args(argv)
     root = options.folder.absolute()
-    code = 0
+    code = 0 if options.figure else soak(root, options.steps)
+    if not by_name(root, "memory_mib"):
+        raise SystemExit(
+            f"{root}: no soak.jsonl with steps in it. Its run.out tells why, if this program made one there."
+        )
     if options.figure:
         figure(root, options.figure)
-    else:
-        code = soak(root, options.steps)
     print(table(root))
     return code
 
