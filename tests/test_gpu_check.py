@@ -1,6 +1,7 @@
 """The first GPU hour's tools, climbed on CPU: ``doctor --deep`` and the ladder's tiny rungs are real runs here too."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -65,6 +66,23 @@ def test_one_gpu_takes_every_rung_that_does_not_need_a_second(tmp_path: Path) ->
     for rung in ladder.RUNGS.values():
         config = ladder.config_of(rung, rung.gpus, [])
         assert num_gpus(config) == rung.gpus and config.student.dtype == "bf16"
+
+
+def test_a_rung_that_cannot_be_judged_fails_and_the_next_is_climbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wish that no config takes, a metric that is not there, a number that is none, wherever it stands among others."""
+    ladder = tool("gpu_check")
+    for name in (ladder.DEEP, "qwen"):
+        result = ladder._climb(name, tmp_path, 1, ["student.paralel.tp=2"])
+        assert result.state == "FAILED" and "student.paralel" in result.text
+    monkeypatch.setattr(ladder, "_run", lambda *arguments: [{"step": 1, "step_s": 1.0, "tokens_per_s": 1.0}])
+    assert "metrics.jsonl holds no 'sampler_gap_nats'" in ladder._climb("tiny", tmp_path, 0, []).line()
+    with pytest.raises(AssertionError, match=r"gaps 0\.01, nan nats"):
+        ladder.small_gap([{"sampler_gap_nats": 0.01}, {"sampler_gap_nats": math.nan}])
+    with pytest.raises(AssertionError, match=r"KLs 0, nan nats"):
+        ladder.no_divergence([{"forward_kl_nats": 0.0, "reverse_kl_nats": math.nan}])
+    assert ladder.small_gap([{"sampler_gap_nats": 0.01}, {"sampler_gap_nats": 0.0}]) == "sampler gap 1.0e-02 nats"
 
 
 @pytest.mark.slow
