@@ -42,6 +42,7 @@ from megatron_distill.types import (
     VersionSpan,
     WantedVersion,
 )
+from tests.support.waiting import HANG_S
 
 PROBLEMS = [Problem(str(i), (Message("user", "?"),), str(i), solution="7 8 9") for i in range(10)]
 PROMPTS = PromptSet(PROBLEMS, [[i, i + 1] for i in range(10)])
@@ -324,20 +325,20 @@ def test_in_flight_every_response_says_which_weights_drew_which_tokens() -> None
 
 
 @pytest.mark.parametrize(
-    ("reward", "text"),
+    ("reward", "timeout_s", "text"),
     [
-        (lambda answered: [0.0], r"returned \[0.0\] for 2 responses"),
-        (lambda answered: [math.nan, 1.0], "one finite number for each"),
-        (lambda answered: 3, "returned 3 for 2 responses"),
-        (lambda answered: {}["x"], "raised KeyError: 'x'"),
-        (lambda answered: threading.Event().wait(), "no answer for 2 responses within 0 s"),
+        (lambda answered: [0.0], HANG_S, r"returned \[0.0\] for 2 responses"),
+        (lambda answered: [math.nan, 1.0], HANG_S, "one finite number for each"),
+        (lambda answered: 3, HANG_S, "returned 3 for 2 responses"),
+        (lambda answered: {}["x"], HANG_S, "raised KeyError: 'x'"),
+        (lambda answered: threading.Event().wait(), 0.2, r"no answer for 2 responses within 0\.2 s"),
     ],
 )
-def test_a_reward_is_held_to_its_word(reward: Reward, text: str) -> None:
+def test_a_reward_is_held_to_its_word(reward: Reward, timeout_s: float, text: str) -> None:
     """Too few values, nan, something else, an exception, a hang: each is one message that names the reward."""
     answered = [Answered(PROBLEMS[0], [1], "1", "stop")] * 2
     with pytest.raises(RewardError, match=f"reward = mine: {text}|{text}"):
-        BoundedReward(reward, "mine", timeout_s=0.2)(answered)
+        BoundedReward(reward, "mine", timeout_s)(answered)
 
 
 def test_repetition_is_recognised() -> None:

@@ -70,7 +70,7 @@ class BoundedReward:
             result = outcome.get(timeout=self._timeout_s)
         except queue.Empty:
             raise RewardError(
-                f"reward = {self._name}: no answer for {len(answered)} responses within {self._timeout_s:.0f} s. Training "
+                f"reward = {self._name}: no answer for {len(answered)} responses within {self._timeout_s:g} s. Training "
                 "waits for it. Make it faster, or raise rl.reward_timeout_s."
             ) from None
         if isinstance(result, Exception):

@@ -83,8 +83,9 @@ def test_what_is_too_old_is_dropped_counted_and_asked_for_again() -> None:
         assert server.num_requests == 3
 
 
-def test_timeout_is_retried() -> None:
+def test_timeout_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reply that takes too long is given up and asked for again."""
+    monkeypatch.setattr(transport, "DEADLINE_PER_TIMEOUT", 1000)
     with fake(held(), good) as server, client_of(server, timeout_s=0.5) as client:
         assert generate(client)[0].response_ids == [7, 7, 7]
         assert server.num_requests >= 2  # more where the good reply took half a second too
@@ -261,11 +262,19 @@ def test_every_request_shows_the_key() -> None:
     assert shown == ["Bearer s3cret"] * 2
 
 
-def test_time_limits_grow_with_the_response() -> None:
+def test_time_limits_grow_with_the_response(monkeypatch: pytest.MonkeyPatch) -> None:
     """A response of many tokens may take long; the limit of one reply is the base plus its tokens at the slowest rate."""
-    with fake(held(), good) as server, client_of(server, timeout_s=0.1, min_tokens_per_s=7.5) as client:
-        generate(client)  # 3 tokens at 7.5 a second: 0.5 s for each try
-        assert server.num_requests >= 2
+    limits_s: list[float] = []
+    request = transport.ReplicaPool.request
+
+    def noted(pool: transport.ReplicaPool, *arguments: Any, timeout_s: float, **named: Any) -> Any:
+        limits_s.append(timeout_s)
+        return request(pool, *arguments, timeout_s=timeout_s, **named)
+
+    monkeypatch.setattr(transport.ReplicaPool, "request", noted)
+    with fake(good) as server, client_of(server, timeout_s=HANG_S, min_tokens_per_s=7.5) as client:
+        generate(client)
+    assert limits_s == [HANG_S + 3 / 7.5]
 
 
 def test_a_refusing_replica_ends_a_control_call_at_once() -> None:
