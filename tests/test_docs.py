@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_distill.cli.main import main
+from megatron_distill.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -80,10 +80,6 @@ def test_documented_functions_exist_and_are_explained() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_exist(page: Path) -> None:
     """Every ``megatron-distill COMMAND`` of a page is one."""
-    commands = set(re.findall(r"^megatron-distill +([a-z-]+)", page.read_text(), re.MULTILINE))
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    known = capsys.readouterr().out
-    assert all(re.search(rf"\b{command}\b", known) for command in commands), commands
+    assert set(re.findall(r"^megatron-distill +([a-z][a-z-]*)", page.read_text(), re.MULTILINE)) <= set(COMMANDS)

@@ -1,5 +1,7 @@
 """Log-probabilities and entropy over a sharded vocabulary, and estimators from samples that estimate what they say."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -98,14 +100,15 @@ def test_estimators_have_the_gradient_they_name(combination) -> None:
     torch.testing.assert_close(value, expected_value)
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-@pytest.mark.parametrize("source", ["student", "teacher"])
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+REFUSED = sorted(
+    set(itertools.product(("forward", "reverse"), ("student", "teacher"), ("k1", "k2", "k3"))) - set(ALLOWED)
+)
+
+
+@pytest.mark.parametrize(("direction", "source", "estimator"), REFUSED)
 def test_the_rest_is_refused(direction, source, estimator) -> None:
     """Whatever descends on something else than it names is refused, with what to use instead."""
     logprobs = torch.tensor([-1.0])
-    if (direction, source, estimator) in ALLOWED:
-        return
     with pytest.raises(LossError, match=r"refused: .*(Use|sample)"):
         sampled_kl(logprobs, logprobs, direction=direction, sampled_from=source, estimator=estimator)
 
