@@ -22,7 +22,7 @@ from megatron_distill.sglang import supervisor as supervisor_module
 from megatron_distill.sglang.server import SGLangServer
 from megatron_distill.sglang.supervisor import SupervisionLimits, Supervisor
 from tests.sglang.test_sglang_server import ROOT, SPEC, fake_command
-from tests.support.waiting import HANG_S, processes_naming, wait_until, wait_until_gone
+from tests.support.waiting import HANG_S, wait_until, wait_until_gone
 
 pytestmark = pytest.mark.slow
 
@@ -179,12 +179,20 @@ main(["student-server", {str(tmp_path)!r}, "--index", "1", "--device", "cpu"])
         assert said() == ["starting", "ready"]
         url = read_json(folder.root / "endpoints" / "student-1.json")["url"]
         assert url.startswith("http://127.0.0.1:")
-        [server] = [one for one in psutil.Process(role.pid).children() if "leash" in " ".join(one.cmdline())]
+        server = served_by(role)
         assert endpoints.key_of(folder) not in " ".join(server.cmdline())
         assert endpoints.key_of(folder) in server.environ().values()
         server.kill()
         wait_until(lambda: said().count("ready") == 2 or role.poll() is not None, "the restart")
         assert said()[2] == "died (killed by SIGKILL): started again, 1 of at most 5 times an hour"
+        groups = [server.pid, served_by(role).pid]  # each leads its own
         role.terminate()
         assert role.wait(timeout=HANG_S) == 0
-    assert not processes_naming(str(url.rpartition(":")[2]) + " ")
+    for group in groups:
+        wait_until_gone(group)
+
+
+def served_by(role: subprocess.Popen[bytes]) -> psutil.Process:
+    """The server's process below a role's."""
+    [server] = [one for one in psutil.Process(role.pid).children() if "leash" in " ".join(one.cmdline())]
+    return server
