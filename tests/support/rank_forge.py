@@ -134,7 +134,10 @@ def _fork_rank(rank: int, module: str, world_size: int, port: int, argv: list[st
         importlib.import_module(module).main()
         code = 0
     except SystemExit as end:
-        code = int(end.code or 0)
+        if isinstance(end.code, str):  # told, with 1 for a code, as by Python itself
+            print(end.code, file=sys.stderr)
+        else:
+            code = end.code or 0
     except BaseException:
         traceback.print_exc()
     finally:
