@@ -75,6 +75,9 @@ def test_every_format_holds_the_same_problems(tmp_path: Path) -> None:
     for name in names:
         assert load_problems(str(tmp_path / name)) == expected, name
         assert load_problems(f"{tmp_path / name}[1:3]") == expected[1:3], name
+    unsolved = [record | {"solution": None} for record in RECORDS]  # which CSV does not tell from an empty text
+    datasets.Dataset.from_list(unsolved).to_parquet(tmp_path / "unsolved.parquet")
+    assert load_problems(str(tmp_path / "unsolved.parquet")) == load_problems(write(tmp_path / "b.jsonl", unsolved))
     with pytest.raises(DataError, match=r"Name one of: .*splits:train"):
         load_problems(str(tmp_path / "splits"))
 

@@ -50,19 +50,6 @@ def test_gsm8k_columns_marker_and_instruction(write_lines: WriteLines) -> None:
     assert problem.messages == (Message("user", "How many eggs?\n\nUse a box."),)
 
 
-@pytest.mark.slow
-def test_parquet_and_data_set_directory_equal_jsonl(write_lines: WriteLines, tmp_path: Path) -> None:
-    """The same records give the same problems from every format."""
-    datasets = pytest.importorskip("datasets")
-    records = [{"id": f"p{i}", "prompt": f"{i}+1?", "answer": str(i + 1), "solution": None} for i in range(3)]
-    data_set = datasets.Dataset.from_list(records)
-    data_set.to_parquet(tmp_path / "problems.parquet")
-    data_set.save_to_disk(tmp_path / "saved")
-    expected = load_problems(str(write_lines(*records)))
-    assert load_problems(str(tmp_path / "problems.parquet")) == expected
-    assert load_problems(str(tmp_path / "saved")) == expected
-
-
 @pytest.mark.parametrize(
     ("record", "said"),
     [

@@ -7,7 +7,6 @@
 Debian's chromium; ``install`` fetches it where it is missing, as ``slurm_lab`` does Slurm.
 """
 
-import base64
 import json
 import os
 import select
@@ -76,7 +75,7 @@ class Browser:
     ) -> None:
         os.close(self._write)
         self._process.terminate()
-        self._process.wait(30)
+        self._process.wait(HANG_S)
         os.close(self._read)
 
     def open(self, url: str) -> None:
@@ -96,10 +95,6 @@ class Browser:
             if time.monotonic() > deadline:
                 raise AssertionError(f"{expression}: never true. The page: {self.evaluate('document.body.innerText')}")
             threading.Event().wait(0.05)
-
-    def screenshot(self, path: Path) -> None:
-        """The page as a PNG."""
-        path.write_bytes(base64.b64decode(self._command("Page.captureScreenshot")["data"]))
 
     def _command(self, method: str, **parameters: Any) -> Any:
         self._number += 1

@@ -5,10 +5,7 @@ function of the step.
 """
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +22,6 @@ from tests.support.tiny_models import build_hf_model
 
 VOCAB_SIZE = 100
 NUM_STEPS = 3
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ def run_jobs(
     """The outcome of every layout's job, by its name; two jobs at a time."""
     with ThreadPoolExecutor(2) as pool:
         jobs = {
-            name: pool.submit(run_job, models, root / name, overrides, backend, forge)
+            name: pool.submit(run_job, models, root / name, overrides, backend, forge=forge)
             for name, overrides in layouts.items()
         }
         return {name: job.result() for name, job in jobs.items()}
@@ -101,9 +97,10 @@ def run_job(
     run_dir: Path,
     overrides: dict[str, object],
     backend: Backend | None = None,
-    forge: RankForge | None = None,
+    *,
+    forge: RankForge,
 ) -> Outcome:
-    """Write the config, run the job to its end, under torchrun or on ranks of a forge, and read what it left."""
+    """Write the config, run the job to its end on ranks of a forge, and read what it left."""
     base = {
         "num_steps": NUM_STEPS,
         "micro_batch_rollouts": 5,
@@ -123,16 +120,5 @@ def run_job(
     folder.create()
     config_module.save(config, folder.config)
     arguments = [str(run_dir), *([json.dumps(asdict(backend))] if backend else [])]
-    if forge is not None:
-        forge.run("tests.support.train_job", config.num_ranks, arguments, run_dir / "ranks")
-    else:
-        _torchrun(config.num_ranks, arguments)
+    forge.run("tests.support.train_job", config.num_ranks, arguments, run_dir / "ranks")
     return Outcome(folder.steps(), load_file(folder.hf / "model.safetensors"))
-
-
-def _torchrun(num_ranks: int, arguments: Sequence[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    command += ["--local-addr=127.0.0.1", f"--nproc-per-node={num_ranks}", "-m", "tests.support.train_job", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    job = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
-    assert job.returncode == 0, (job.stdout + job.stderr)[-8000:]
