@@ -10,11 +10,11 @@ import torch
 from megatron_distill.recipes import tiny, tiny_teachers
 from safetensors.torch import load_file
 
-from megatron_distill.config.loading import load_recipe
+from megatron_distill import config as config_module
 from megatron_distill.runs.run_folder import RunFolder, read_json, read_lines
 from megatron_distill.sglang.server import ServerSpec, SGLangServer, running
 from tests.support.tiny_models import save_tiny_mixture
-from tests.support.waiting import processes_naming, wait_until, wait_until_none_names
+from tests.support.waiting import processes_naming, saved_step, wait_until, wait_until_none_names
 from tests.support.whole_run import run, start
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1500)]
@@ -32,7 +32,7 @@ def three_steps_by_their_weights(folder: RunFolder) -> list[dict[str, float]]:
 
 
 def test_quickstart_leaves_a_whole_run_folder(tmp_path: Path) -> None:
-    """Two steps on student prefixes: every artefact is there, sampler and trainer agree on fresh weights and after each
+    """Three steps on student prefixes: every artefact is there, sampler and trainer agree on fresh weights and after each
     sync, the exported student is the trained one, and no process is left behind."""
     code, output = run(tmp_path / "run", "num_steps=3")
     assert code == 0, output
@@ -214,7 +214,7 @@ def test_interrupted_run_stops_everything_and_resumes(tmp_path: Path) -> None:
     run_dir, folder = tmp_path / "run", RunFolder(tmp_path / "run")
     options = "save_every_steps=1", "optimizer.warmup_frac=0"
     process = start(run_dir, "num_steps=40", *options)
-    wait_until(lambda: folder.latest_checkpoint_step() >= 1 or process.poll() is not None, "its first steps")
+    wait_until(lambda: saved_step(folder) >= 1 or process.poll() is not None, "its first steps")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 130, output
@@ -252,7 +252,7 @@ def test_a_run_one_step_ahead_resumes_on_the_same_samples(tmp_path: Path) -> Non
     assert code == 0, output
     unbroken, broken = RunFolder(tmp_path / "unbroken"), RunFolder(tmp_path / "broken")
     process = start(broken.root, *joint, "save_every_steps=1")
-    wait_until(lambda: broken.latest_checkpoint_step() >= 2 or process.poll() is not None, "two checkpoints")
+    wait_until(lambda: saved_step(broken) >= 2 or process.poll() is not None, "two checkpoints")
     process.kill()
     process.communicate()
     wait_until_none_names(str(broken.root))
@@ -277,7 +277,7 @@ def test_a_run_in_flight_goes_on_after_a_kill_and_loses_no_step(tmp_path: Path) 
     joint = ("rollouts.max_staleness_steps=2", "rl.weight=0.5", "rollouts.rollouts_per_prompt=2", "num_steps=6")
     run_dir, folder = tmp_path / "run", RunFolder(tmp_path / "run")
     process = start(run_dir, *joint, "save_every_steps=1")
-    wait_until(lambda: folder.latest_checkpoint_step() >= 2 or process.poll() is not None, "two checkpoints")
+    wait_until(lambda: saved_step(folder) >= 2 or process.poll() is not None, "two checkpoints")
     process.kill()
     process.communicate()
     wait_until_none_names(str(run_dir))
@@ -287,8 +287,8 @@ def test_a_run_in_flight_goes_on_after_a_kill_and_loses_no_step(tmp_path: Path) 
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert all(step["staleness_steps"] <= 2 and step["dropped_rollouts"] == 0 for step in steps)
     assert steps[1]["staleness_steps"] > 0 and steps[-1]["staleness_steps"] > 0
-    prompts_per_step = load_recipe("tiny.quickstart").rollouts.prompts_per_step
-    assert all(step["scored_tokens"] >= 2 * prompts_per_step for step in steps)
+    rollouts_per_step = config_module.load(folder.config).rollouts_per_step
+    assert all(step["scored_tokens"] >= rollouts_per_step for step in steps)
     for sample in read_lines(folder.samples):
         spans = sample.get("version_spans", [[sample["weight_version"], 0, 1]])
         assert sample["step"] - 1 - 2 <= int(spans[0][0]) <= int(spans[-1][0]) < sample["step"]

@@ -23,7 +23,7 @@ from megatron_distill.launch.slurm import has_ended, job_state
 from megatron_distill.runs.console import Console
 from megatron_distill.runs.run_folder import RunFolder, read_json, read_lines
 from tests.support.slurm_lab import SlurmLab, install
-from tests.support.waiting import processes_naming, wait_until, wait_until_none_names
+from tests.support.waiting import HANG_S, processes_naming, saved_step, wait_until, wait_until_none_names
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
@@ -103,7 +103,7 @@ def settled(lab: SlurmLab, job_id: str) -> bool:
 def status_of(method: str, url: str, key: str) -> int:
     """Of a request to a server, from the submitting host."""
     with urllib3.PoolManager(retries=False) as http:
-        return http.request(method, url, headers={"Authorization": f"Bearer {key}"}, timeout=60).status
+        return http.request(method, url, headers={"Authorization": f"Bearer {key}"}, timeout=HANG_S).status
 
 
 def test_a_job_warned_of_its_end_saves_is_requeued_and_finishes(lab: SlurmLab, tmp_path: Path) -> None:
@@ -112,7 +112,8 @@ def test_a_job_warned_of_its_end_saves_is_requeued_and_finishes(lab: SlurmLab, t
     that Slurm sends before the time limit comes after the first step. The job goes on in its second start from the step it
     saved, and launch follows it to the end."""
     folder = RunFolder(tmp_path / "run")
-    process = launch(lab, "cpu_nodes", folder, "servers.weight_sync=broadcast")
+    num_steps = 8  # enough for the signal to come before the last one
+    process = launch(lab, "cpu_nodes", folder, f"num_steps={num_steps}", "servers.weight_sync=broadcast")
     wait_for(folder.metrics, process)
     urls = {path.stem: read_json(path)["url"] for path in (folder.root / "endpoints").glob("*.json")}
     hosts = {name: url.split("/")[2].split(":")[0] for name, url in urls.items()}
@@ -132,10 +133,10 @@ def test_a_job_warned_of_its_end_saves_is_requeued_and_finishes(lab: SlurmLab, t
     assert "Restarts=1" in lab.slurm("scontrol", "show", "job", job_id)
     wait_until(lambda: settled(lab, job_id), "the accounting")
     steps = [record["step"] for record in read_lines(folder.metrics)]
-    assert steps == [1, 2, 3, 4]  # none lost, none twice
+    assert steps == list(range(1, num_steps + 1))  # none lost, none twice
     starts = [event for name in ("student", "teacher") for event in read_lines(folder.events_of(f"{name} server 0"))]
     assert [event["text"] for event in starts] == ["starting", "ready"] * 4  # two servers, twice
-    assert [summary["step"] for summary in folder.evaluations()] == [0, 4]
+    assert [summary["step"] for summary in folder.evaluations()] == [0, num_steps]
     logs = {path.name for path in folder.logs.iterdir()}
     assert {
         "trainer-0.out",
@@ -162,7 +163,7 @@ def test_a_job_survives_the_loss_of_a_server_and_then_of_a_rank(lab: SlurmLab, t
     victim.children()[0].kill()
     lost = folder.events_of("student server 0")
     wait_until(lambda: sum(event["text"] == "ready" for event in read_lines(lost)) == 2, "the restart", 900)
-    wait_until(lambda: folder.latest_checkpoint_step() >= 1, "a checkpoint", 900)
+    wait_until(lambda: saved_step(folder) >= 1, "a checkpoint", 900)
     processes_of(folder, "trainer")[-1].kill()
     output = process.communicate()[0]
     assert process.returncode == 0, output

@@ -1,10 +1,14 @@
 """Waiting for what other processes and threads do. A limit here only ends a hang: no test passes or fails by the clock."""
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from megatron_distill.errors import CheckpointError
+from megatron_distill.runs.run_folder import RunFolder
 
 HANG_S = 300.0
 
@@ -28,6 +32,13 @@ def wait_until_gone(group: int) -> None:
         return False
 
     wait_until(is_gone, f"the end of process group {group}")
+
+
+def saved_step(folder: RunFolder) -> int:
+    """The last checkpoint's step of a run that goes on; 0 while Megatron writes the number, which it does in place."""
+    with contextlib.suppress(CheckpointError):
+        return folder.latest_checkpoint_step()
+    return 0
 
 
 def processes_naming(text: str) -> list[str]:
