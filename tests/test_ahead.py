@@ -14,6 +14,7 @@ from megatron_distill.rollouts.sample_store import SampleStore
 from megatron_distill.rollouts.source import Collected, Share
 from megatron_distill.types import HiddenSignal, Sample
 from tests.support.samples import make_samples
+from tests.support.waiting import HANG_S
 
 ALL = Share(0, 1)
 
@@ -28,7 +29,7 @@ class VersionedSource:
 
     def take(self, step: int, share: Share, horizon_tokens: int) -> Collected:
         version = self.version
-        assert self.gate.wait(60)
+        assert self.gate.wait(HANG_S)
         samples = make_samples(step, 8, 20)
         per_replica = len(samples) // share.size
         mine = samples[share.rank * per_replica : (share.rank + 1) * per_replica]
@@ -228,7 +229,7 @@ def test_in_flight_several_steps_are_drawn_at_once_each_of_them_once() -> None:
 
     def gated(step: int, share: Share, horizon_tokens: int) -> Collected:
         asked.append(step)
-        assert gates[step].wait(60)
+        assert gates[step].wait(HANG_S)
         return take(step, share, horizon_tokens)
 
     source.take = gated  # type: ignore[method-assign]

@@ -18,6 +18,7 @@ from megatron_distill.rollouts.prompts import load_prompt_set
 from megatron_distill.runs.run_folder import RunFolder, read_json
 from megatron_distill.training.beside import MAX_ATTEMPTS, EvaluationBeside
 from megatron_distill.types import Generation
+from tests.support.waiting import HANG_S
 
 
 class Servers:
@@ -39,7 +40,7 @@ class Servers:
         self.version = version
 
     def generate(self, prompts: Sequence[Any], /, *, seeds: Sequence[int], weight_version: str, **_: Any) -> Any:
-        assert self.may_answer.wait(30)
+        assert self.may_answer.wait(HANG_S)
         self.asked += 1
         if self.asked in self.loses_at:
             self.version = ""

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_distill.launch import processes
 from megatron_distill.runs.run_folder import RunFolder
-from tests.support.waiting import wait_until
+from tests.support.waiting import HANG_S, wait_until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
@@ -96,7 +96,7 @@ def test_one_ctrl_c_says_so_saves_and_ends_everything(terminal: Terminal, tmp_pa
     wait_until(
         lambda: "SIGINT: stopping. A checkpoint is saved if this step ends within" in terminal.shown, "an answer"
     )
-    assert terminal.process.wait(300) == 130, terminal.shown
+    assert terminal.process.wait(HANG_S) == 130, terminal.shown
     saved = folder.latest_checkpoint_step()
     assert saved >= 3
     wait_until(lambda: f"the same command goes on from step {saved}" in terminal.shown, "what was kept")
@@ -109,13 +109,13 @@ def test_a_second_ctrl_c_ends_everything_at_once(terminal: Terminal) -> None:
     terminal.type(b"\x03")
     wait_until(lambda: "stopping" in terminal.shown, "an answer")
     terminal.type(b"\x03")
-    assert terminal.process.wait(300) == 130, terminal.shown
+    assert terminal.process.wait(HANG_S) == 130, terminal.shown
     assert terminal.left() == []
 
 
 def test_a_closed_terminal_saves_and_ends_everything(terminal: Terminal, tmp_path: Path) -> None:
     """SIGHUP, with nobody left to read: the step is saved, code 143, nothing left."""
     terminal.close()
-    assert terminal.process.wait(300) == 143
+    assert terminal.process.wait(HANG_S) == 143
     assert RunFolder(tmp_path / "run").latest_checkpoint_step() >= 3
     assert terminal.left() == []

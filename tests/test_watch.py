@@ -23,6 +23,7 @@ from megatron_distill.runs.run_folder import RunFolder, append, write_json
 from megatron_distill.runs.timeline import Timeline
 from tests.support import browser as browser_module
 from tests.support.browser import Browser
+from tests.support.waiting import HANG_S
 
 HOSTILE = "<img src=x onerror='document.title=1'>"
 
@@ -47,7 +48,7 @@ def page(folder: RunFolder) -> Iterator[LivePage]:
 def get(url: str, path: str, host: str = "127.0.0.1") -> tuple[int, bytes]:
     """What is answered below an address, which ends with a slash."""
     _, _, place, base = url.split("/", 3)
-    connection = http.client.HTTPConnection(place, timeout=60)
+    connection = http.client.HTTPConnection(place, timeout=HANG_S)
     connection.request("GET", f"/{base}{path}", headers={"Host": place.replace("127.0.0.1", host)})
     reply = connection.getresponse()
     return reply.status, reply.read()

@@ -19,7 +19,7 @@ from megatron_distill.launch.launch import require_success, trainer_log_size
 from megatron_distill.launch.nodes import ClusterProfile, Group, groups_of, require_mounted, seconds_of
 from megatron_distill.launch.signals import Interrupted
 from megatron_distill.runs.run_folder import RunFolder, write_json
-from tests.support.waiting import wait_until
+from tests.support.waiting import HANG_S, wait_until
 
 GOLDEN = Path(__file__).parent / "golden"
 H100 = clusters.example_h100()
@@ -208,7 +208,7 @@ def test_a_warning_to_the_shell_alone_reaches_the_trainer_and_no_server(role: st
             wait_until(folder.stop_requested.exists, "the file")
         assert shell.poll() is None
         go.touch()
-        assert shell.wait(timeout=60) == (1 if role == "student" else 7)
+        assert shell.wait(timeout=HANG_S) == (1 if role == "student" else 7)
     assert folder.stop_requested.exists() == (role != "student")
 
 

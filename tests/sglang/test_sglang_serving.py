@@ -17,6 +17,7 @@ from megatron_distill.sglang.client import SGLangClient
 from megatron_distill.sglang.server import SGLangServer
 from megatron_distill.types import SamplingParams, TopKSignal
 from tests.support.tiny_qwen3 import CONTEXT_LENGTH, END_OF_TEXT, VOCAB_SIZE, TinyQwen3
+from tests.support.waiting import HANG_S
 
 ATOL_NATS = 2e-5
 PROMPT = [5, 17, 200, 31]
@@ -85,7 +86,7 @@ def raw_generate(server: SGLangServer, request: wire.Json) -> wire.Json:
     import requests
 
     headers = {"Authorization": f"Bearer {server.key}"}
-    reply: wire.Json = requests.post(f"{server.url}/generate", json=request, headers=headers, timeout=60).json()
+    reply: wire.Json = requests.post(f"{server.url}/generate", json=request, headers=headers, timeout=HANG_S).json()
     return reply
 
 
@@ -236,7 +237,7 @@ def test_no_route_is_open_to_a_stranger(server: SGLangServer, client: SGLangClie
             for method in methods if not path.startswith(open_to_all) else ():
                 for headers in ({}, {"Authorization": "Bearer wrong"}):
                     url = f"{server.url}{path.replace('{', '').replace('}', '')}"
-                    reply = http.request(method.upper(), url, headers=headers, timeout=20, retries=False)
+                    reply = http.request(method.upper(), url, headers=headers, timeout=HANG_S, retries=False)
                     assert reply.status in (401, 403), (method, path, reply.status)
                     asked += 1
         assert asked > 60  # generate, weights, pause, flush, profiles, ...

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_distill.errors import CheckpointError, ServerError
 from megatron_distill.training.weight_push import MAX_ATTEMPTS, WeightPush
+from tests.support.waiting import HANG_S
 
 
 class Scripted:
@@ -34,7 +35,7 @@ class Scripted:
     def send(self, version: int) -> None:
         """As rank 0's thread calls it."""
         self.sent.append(version)
-        assert self.gate.wait(60)
+        assert self.gate.wait(HANG_S)
         end = self._ends.pop(0)
         if end is not None:
             raise end

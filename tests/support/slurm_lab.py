@@ -20,11 +20,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from tests.support.waiting import wait_until
 
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "iproute2")
 _DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "ip")
@@ -107,10 +108,12 @@ class SlurmLab:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(subprocess.CalledProcessError):
-            self.slurm("scancel", "--user=root")
-            _wait_until(lambda: not self.slurm("squeue", "--noheader").strip(), "cancelled jobs")
-        self._stop()
+        try:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self.slurm("scancel", "--user=root")
+                _wait_until(lambda: not self.slurm("squeue", "--noheader").strip(), "cancelled jobs")
+        finally:
+            self._stop()
 
     def _idle_nodes(self) -> set[str]:
         return set(self.slurm("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").split())
@@ -207,15 +210,15 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
+def _wait_until(holds: Callable[[], bool], what: str) -> None:
+    """Also where what Slurm's commands ask is not there yet."""
+
+    def holds_now() -> bool:
         with contextlib.suppress(subprocess.CalledProcessError):
-            if holds():
-                return
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"Slurm lab: {what} did not come within {timeout_s:.0f} s. See the lab's log/ folder.")
-        time.sleep(0.2)
+            return holds()
+        return False
+
+    wait_until(holds_now, f"Slurm lab, see its log/ folder: {what}")
 
 
 def _free_port() -> int:
