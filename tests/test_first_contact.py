@@ -100,6 +100,16 @@ def test_words_follow_the_line() -> None:
     assert words("megatron-distill train tiny.quickstart distill.re") == ["distill.reverse_kl_weight="]
     assert words("megatron-distill launch tiny.quickstart --clu") == ["--cluster"]
     assert words("megatron-distill report ") == []  # a folder: the shell's business
+    assert words("megatron-distill train --run-dir x --verbose tiny.") == ["tiny.quickstart"]
+    assert words("megatron-distill train --run-dir ") == []  # the option's own value
+    assert words("megatron-distill fork ") == []
+    assert words("megatron-distill fork runs/one --step 3 tiny.") == ["tiny.quickstart"]
+    assert words("megatron-distill fork runs/one tiny.quickstart num_s") == ["num_steps="]
+    assert words("megatron-distill eval runs/one evaluation.num_p") == ["evaluation.num_problems="]
+    assert words("megatron-distill eval runs/one num_s") == []
+    assert words("megatron-distill convert ") == ["hf-to-megatron", "inspect", "megatron-to-hf", "verify"]
+    assert words("megatron-distill convert verify --l") == ["--logits"]
+    assert words("megatron-distill convert inspect ") == []
     for command in COMMANDS:
         assert "--help" in words(f"megatron-distill {command} --")
 

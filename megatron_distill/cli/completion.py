@@ -7,7 +7,6 @@ The shell asks this command itself for the words (``completion words ...``), so 
 """
 
 import argparse
-import re
 
 from megatron_distill.cli.main import COMMANDS, command_module
 
@@ -39,9 +38,16 @@ _TAKE_RECIPES = {
     "plan": "RunConfig",
     "show": "RunConfig",
     "fetch": "RunConfig",
+    "fork": "RunConfig",
     "pipeline": "Pipeline",
     "study": "Study",
 }
+"""The kind of recipe that a command's first word names; the second one's of ``fork``, whose first is a run."""
+_TAKE_FIELDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("train", "launch", "plan", "show", "fetch", "fork"), ("",)),
+    "eval": ("evaluation.", "data.", "rollouts.", "servers."),
+}
+"""How the fields begin that may follow."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -72,22 +78,36 @@ def words(line: str) -> list[str]:
     command = next((word for word in before if word in COMMANDS), None)
     if command is None:
         found = ["--help", "--version"] if typed.startswith("-") else list(COMMANDS)
-    elif typed.startswith("-"):
-        found = _options(command)
-    elif command in _TAKE_RECIPES and len(before) == 1:
-        found = _recipes(_TAKE_RECIPES[command])
-    elif _TAKE_RECIPES.get(command) == "RunConfig":
-        found = _fields()
     else:
-        found = []
+        found = _following(command, before[before.index(command) + 1 :], typed)
     return sorted(word for word in found if word.startswith(typed))
 
 
-def _options(command: str) -> list[str]:
-    """As the command's own help has them."""
+def _following(command: str, before: list[str], typed: str) -> list[str]:
+    """What can follow the words after a command."""
     parser = argparse.ArgumentParser(prog=command)
     command_module(command).configure(parser)
-    return sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", parser.format_usage())) | {"--help"})
+    sub_commands = next((one.choices for one in parser._actions if isinstance(one.choices, dict)), {})
+    if before and before[0] in sub_commands:
+        parser, before, sub_commands = sub_commands[before[0]], before[1:], {}
+    options = parser._option_string_actions
+    if typed.startswith("-"):
+        return [name for name in options if name.startswith("--")]
+    if before and before[-1] in options and options[before[-1]].nargs != 0:
+        return []  # that option's value
+    num_named = _num_positional(before, options)
+    found = [] if num_named else list(sub_commands)
+    if command in _TAKE_RECIPES and num_named == (command == "fork"):
+        found += _recipes(_TAKE_RECIPES[command])
+    if num_named and command in _TAKE_FIELDS:
+        found += [name for name in _fields() if name.startswith(_TAKE_FIELDS[command])]
+    return found
+
+
+def _num_positional(words: list[str], options: dict[str, argparse.Action]) -> int:
+    """How many words are neither an option nor its value."""
+    values = {number + 1 for number, word in enumerate(words) if word in options and options[word].nargs != 0}
+    return sum(number not in values and not word.startswith("-") for number, word in enumerate(words))
 
 
 def _recipes(kind: str) -> list[str]:
