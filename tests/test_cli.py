@@ -118,6 +118,12 @@ def test_doctor_says_once_that_a_promised_gpu_is_missing(
     assert said.count("promises a GPU") == 1 and "580 or newer" in said and "nvidia-smi" in said
 
 
+def test_doctor_serves_a_model_only_if_it_is_told_to(capsys: pytest.CaptureFixture[str]) -> None:
+    """One that would not be looked at is refused."""
+    assert main(["doctor", "--model", "nowhere"]) == 1
+    assert "--model = nowhere: goes with --deep" in capsys.readouterr().err
+
+
 def test_doctor_knows_what_kernels_are_compiled_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A C++ compiler on the path, and nvcc there or in the toolkit that CUDA_HOME names."""
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -112,6 +112,18 @@ def test_fetch_says_where_everything_lies_and_what_cannot_be_had(
         hub.fetch("nonsense", "model")
 
 
+def test_fetch_takes_an_id_or_a_recipe_and_what_goes_with_it(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name is an id whatever it holds but the end of a file's; an override of an id and the kind of a recipe are refused."""
+    for typed, told in (
+        (["lab/model.pytorch"], "model lab/model.pytorch: not on this machine"),
+        (["lab/none.py:recipe"], "lab/none.py"),
+        (["lab/student", "num_steps=3"], "num_steps=3: sets fields of a recipe, and lab/student is an id"),
+        (["tiny.quickstart", "--dataset"], "--dataset: goes with an id, owner/name, and tiny.quickstart is none"),
+    ):
+        assert main(["fetch", *typed]) == 1
+        assert told in capsys.readouterr().err
+
+
 def test_public_sets_are_names(cache: Path, tmp_path: Path) -> None:
     """A public set by name: its own columns and number of samples, the run's instruction; its folder once fetched."""
     from megatron_distill.evaluate.sets import BENCHMARKS, load_sets

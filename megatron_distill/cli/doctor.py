@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from megatron_distill.errors import ConfigError
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -21,6 +23,8 @@ def run(options: argparse.Namespace) -> None:
 
         examine(options.model)
         return
+    if options.model:
+        raise ConfigError(f"--model = {options.model}: goes with --deep, which serves it. Add --deep, or leave it out.")
     from megatron_distill.launch.doctor import diagnose
 
     print(diagnose())

@@ -25,9 +25,15 @@ def run(options: argparse.Namespace) -> None:
     from megatron_distill.models import hub
 
     kind: hub.Kind = "dataset" if options.dataset else "model"
-    if hub.hub_id(options.what.partition(":")[0]) and ".py" not in options.what:
+    if hub.hub_id(options.what.partition(":")[0]):
+        if options.overrides:
+            raise ConfigError(
+                f"{' '.join(options.overrides)}: sets fields of a recipe, and {options.what} is an id. Leave it out."
+            )
         print(f"{options.what}: {hub.fetch(options.what, kind)}")
         return
+    if options.dataset:
+        raise ConfigError(f"--dataset: goes with an id, owner/name, and {options.what} is none. Leave it out.")
     problems = []
     for where, (text, its_kind) in _wanted(options).items():
         if hub.hub_id(text) is None:
