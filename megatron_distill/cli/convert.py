@@ -11,10 +11,11 @@ Names to know: ``configure`` and ``run`` (for the main command line), ``main`` (
 """
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 from megatron_distill.cli.arguments import positive_float, positive_int
 from megatron_distill.errors import CheckpointError, DistillError
@@ -25,8 +26,8 @@ _GIB = 1 << 30
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the four sub-commands; each parser sets ``act``, which takes the parsed options."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_to_megatron(commands)
-    _add_to_hf(commands)
+    for name, (declare, text) in _BOTH_WAYS.items():
+        declare(commands.add_parser(name, help=text))
 
     inspect = commands.add_parser("inspect", help="print what a checkpoint is, and whether it is complete")
     inspect.add_argument("path", help="Hugging Face directory or Megatron checkpoint")
@@ -51,9 +52,10 @@ def run(options: argparse.Namespace) -> None:
 
 def main(command: str, argv: Sequence[str] | None = None) -> int:
     """Run one sub-command as a script of its own; a user's error is one message and exit code 1."""
-    parser = argparse.ArgumentParser(prog=command)
-    configure(parser.add_subparsers().add_parser("convert"))
-    options = parser.parse_args(["convert", command, *(sys.argv[1:] if argv is None else argv)])
+    declare, text = _BOTH_WAYS[command]
+    parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, description=text)
+    declare(parser)
+    options = parser.parse_args(argv)
     try:
         run(options)
     except DistillError as error:
@@ -62,8 +64,7 @@ def main(command: str, argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _add_to_megatron(commands: Any) -> None:
-    parser = commands.add_parser("hf-to-megatron", help="Hugging Face directory -> Megatron torch_dist checkpoint")
+def _declare_to_megatron(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="directory with config.json and safetensors")
     parser.add_argument("target", help="directory to create; give it to megatron.training as --load")
     parser.add_argument(
@@ -78,13 +79,19 @@ def _add_to_megatron(commands: Any) -> None:
     parser.set_defaults(act=_to_megatron)
 
 
-def _add_to_hf(commands: Any) -> None:
-    parser = commands.add_parser("megatron-to-hf", help="Megatron torch_dist checkpoint -> Hugging Face directory")
+def _declare_to_hf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="what --save wrote (the latest iteration is taken), or one iter_* folder")
     parser.add_argument("target", help="directory to create")
     parser.add_argument("--hf", metavar="DIR", help="where config.json and the tokenizer are, if not in SOURCE/hf")
     _add_output_options(parser)
     parser.set_defaults(act=_to_hf)
+
+
+_BOTH_WAYS = {
+    "hf-to-megatron": (_declare_to_megatron, "Hugging Face directory -> Megatron torch_dist checkpoint"),
+    "megatron-to-hf": (_declare_to_hf, "Megatron torch_dist checkpoint -> Hugging Face directory"),
+}
+"""The sub-commands that are scripts in ``tools/`` too: what declares their arguments, and what they do."""
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +120,7 @@ def _to_megatron(options: argparse.Namespace) -> None:
     )
     print(
         f"wrote {options.target} in {time.monotonic() - start:.1f} s\n"
-        f"load it with: --load {options.target} $(cat {options.target}/{ARGUMENTS_FILE})"
+        f"load it with: --load {shlex.quote(options.target)} $(cat {shlex.quote(f'{options.target}/{ARGUMENTS_FILE}')})"
     )
 
 

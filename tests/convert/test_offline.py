@@ -226,16 +226,27 @@ def test_verify_compares_logits_on_a_text(
     assert compare_logits(hf_dirs["qwen3"], megatron_dir, "1 + 1") == 0.0
 
 
+def test_scripts_are_called_by_their_own_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What ``--help`` shows can be typed."""
+    monkeypatch.setattr("sys.argv", ["tools/convert_hf_to_megatron.py", "--help"])
+    with pytest.raises(SystemExit):
+        command_line.main("hf-to-megatron")
+    assert capsys.readouterr().out.startswith("usage: convert_hf_to_megatron.py [-h] [--tp TP]")
+
+
 def test_the_command_line_converts_both_ways(
     hf_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The commands of the documentation; the flags to load with are left in a file."""
-    _run("hf-to-megatron", str(hf_dirs["qwen2-tied"]), str(tmp_path / "megatron"), "--tp", "2", "--pp", "2")
+    _run("hf-to-megatron", str(hf_dirs["qwen2-tied"]), str(tmp_path / "in two"), "--tp", "2", "--pp", "2")
+    assert f"--load '{tmp_path}/in two' $(cat '{tmp_path}/in two/megatron_arguments.txt')" in capsys.readouterr().out
+    (tmp_path / "in two").rename(tmp_path / "megatron")
     _run("megatron-to-hf", str(tmp_path / "megatron"), str(tmp_path / "hf"))
     _run("verify", str(hf_dirs["qwen2-tied"]), str(tmp_path / "hf"))
     _run("inspect", str(tmp_path / "megatron"))
     output = capsys.readouterr().out
-    assert "--load" in output
     assert "tensors are equal" in output
     flags = (tmp_path / "megatron" / "megatron_arguments.txt").read_text().split()
     assert "--add-qkv-bias" in flags
