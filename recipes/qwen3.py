@@ -52,7 +52,7 @@ SWEEP = {
 student's prefixes is on-policy distillation, ``w0.0`` with the teacher's is off-policy SFT with soft targets."""
 
 
-def _paper(name: str, teacher: str, horizon_tokens: int) -> RunConfig:
+def _paper(name: str, teacher: str | None, horizon_tokens: int) -> RunConfig:
     """The paper's common settings, and a layout for one node of 8: 4 ranks with the teacher inside, 4 student servers."""
     return RunConfig(
         name=name,
@@ -63,7 +63,7 @@ def _paper(name: str, teacher: str, horizon_tokens: int) -> RunConfig:
         student=StudentConfig(
             path="Qwen/Qwen3-0.6B-Base", parallel=ParallelConfig(dp=4), dtype="bf16", distributed_optimizer=True
         ),
-        teacher=TeacherConfig(path=f"Qwen/{teacher}", transport="in_process"),
+        teacher=TeacherConfig(path=f"Qwen/{teacher}", transport="in_process") if teacher else TeacherConfig(),
         data=DataConfig(
             train_path="agentica-org/DeepScaleR-Preview-Dataset:train",
             heldout_path="HuggingFaceH4/MATH-500:test",
@@ -141,10 +141,9 @@ def b06_grpo_1x8_4096() -> RunConfig:
 
     After a distillation, name its result: student.path=runs/b06_from_4b_1x8_4096_mixed/hf.
     """
-    config = _paper("b06_grpo_1x8_4096", "", 4096)
+    config = _paper("b06_grpo_1x8_4096", None, 4096)
     return replace(
         config,
-        teacher=TeacherConfig(),
         rollouts=replace(config.rollouts, prompts_per_step=4, rollouts_per_prompt=8, top_p=1.0, top_k=-1),
         distill=DistillConfig(weight=0.0),
         rl=RlConfig(weight=1.0),

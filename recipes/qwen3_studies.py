@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from megatron_distill.recipes import qwen3
 
-from megatron_distill.config import RunConfig
+from megatron_distill.config import RunConfig, with_overrides
 from megatron_distill.config.schedules import constant
 from megatron_distill.study.design import Arm, Comparison, Group, Question, Study, StudyFigure
 
@@ -152,10 +152,5 @@ def _weighted(config: RunConfig, reverse_kl_weight: float) -> RunConfig:
 
 
 def _teacher_written(config: RunConfig, reverse_kl_weight: float) -> RunConfig:
-    """The teacher writes every response, so it gets the servers; the student's remaining one is for evaluation."""
-    weighted = _weighted(config, reverse_kl_weight)
-    return replace(
-        weighted,
-        rollouts=replace(weighted.rollouts, student_prefix_frac=constant(0)),
-        servers=replace(weighted.servers, student_replicas=1, teacher_replicas=3),
-    )
+    """A cell of the sweep, with which the servers change too."""
+    return with_overrides(config, qwen3.SWEEP[f"teacher_prefix_w{reverse_kl_weight}"])
