@@ -15,7 +15,7 @@ from megatron_distill.types import Problem
 
 
 def self_distillation() -> RunConfig:
-    """The student imitates itself as it answers with the solution before its eyes: no larger model."""
+    """The student imitates itself as it writes with the answer before its eyes: no larger model."""
     base = tiny.quickstart()
     teacher = replace(
         base.teacher, path=base.student.path, prompt_builder=f"{__file__}:with_answer", max_prompt_tokens=160

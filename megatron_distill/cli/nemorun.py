@@ -2,7 +2,7 @@
 
     nemorun distill train -y --factory tiny_quickstart
     nemorun distill train -y recipe=tiny.quickstart 'overrides=["num_steps=10"]'
-    nemorun distill launch -y recipe=qwen3.b06_from_4b_1x8_4096 cluster=example_h100
+    nemorun distill launch -y recipe=qwen3.b06_from_4b_1x8_4096 cluster=ours.py:ours
 
 The same as ``megatron-distill train`` and ``launch``, which this calls. NeMo-Run's ``run.executor=`` does not apply: a run is
 several kinds of processes, and a cluster profile says where each goes.
