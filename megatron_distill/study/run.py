@@ -36,7 +36,8 @@ from megatron_distill.runs.run_folder import RunFolder
 from megatron_distill.runs.summary import duration
 from megatron_distill.study.design import Arm, Study, check_study
 from megatron_distill.study.page import write_pages
-from megatron_distill.study.results import collect, save
+from megatron_distill.study.results import save
+from megatron_distill.study.run_results import collect
 
 Key = tuple[str, int]
 """A run of a study: its arm's name and its seed."""

@@ -1,0 +1,191 @@
+"""What a study keeps and shows: its results file, and the pages that are made from it."""
+
+import math
+import shutil
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron_distill.recipes import tiny
+
+from megatron_distill import config as config_module
+from megatron_distill.config.loading import every
+from megatron_distill.config.schedules import constant
+from megatron_distill.errors import DataError
+from megatron_distill.runs.run_folder import RunFolder
+from megatron_distill.study import run as study_module
+from megatron_distill.study.design import CURVES, MEASURES, Study
+from megatron_distill.study.page import main as redraw
+from megatron_distill.study.results import load, over_seeds, save
+from megatron_distill.study.run import run_study
+from megatron_distill.study.run_results import CURVE_POINTS, read_result
+from tests.support.made_up import leave_finished_run
+from tests.support.made_up_study import MadeUpRuns, arm, made_up_run, small_study
+
+STUDIES = Path(__file__).parents[1] / "docs" / "study"
+
+
+@pytest.fixture
+def runs() -> MadeUpRuns:
+    return MadeUpRuns()
+
+
+@pytest.mark.slow
+def test_costs_add_up_over_the_steps(runs: MadeUpRuns, tmp_path: Path) -> None:
+    """Tokens by who sampled them, time in steps, and time without what the teacher wrote, up to each evaluation."""
+    teacher = replace(tiny.quickstart().rollouts, student_prefix_frac=constant(0.0))
+    low = arm("low", 0.0)
+    study = small_study(arms=(replace(low, config=replace(low.config, rollouts=teacher)), *small_study().arms[1:]))
+    run_study(study, tmp_path, runs)
+    results = load(tmp_path / "s" / "results.json")
+    (first, middle, last) = results.runs_of("low")[0].evaluations
+    assert [first["seconds"], middle["seconds"], last["seconds"]] == [0, 9, 18]
+    assert last["reuse_seconds"] == pytest.approx(6 * 0.5)
+    assert (last["student_tokens"], last["teacher_tokens"]) == (0, 6 * 64 * 60)
+    on_policy = results.runs_of("high")[0].evaluations[-1]
+    assert on_policy["reuse_seconds"] == 18 and on_policy["student_tokens"] == 6 * 64 * 60
+
+
+@pytest.mark.parametrize(
+    ("source", "teacher", "sampled"), [("teacher", 300 * 4814, 300 * 6419), ("data", 0, 300 * 1605)]
+)
+def test_counts_are_kept_whole_and_the_datas_tokens_are_nobodys(
+    source: str, teacher: int, sampled: int, tmp_path: Path
+) -> None:
+    """Steps and tokens keep all their digits; a mixed step's tokens are split by share of responses, and add up."""
+    overrides = [
+        f"rollouts.off_policy_source={source}",
+        "rollouts.student_prefix_frac=0.25",
+        *("num_steps=12345", "rollouts.prompts_per_step=8", "rollouts.rollouts_per_prompt=8"),
+    ]
+    config = config_module.with_overrides(arm("low", 0.0).config, overrides)
+    evaluated = {step: {"avg_at_k": 0.54321, "pass_at_k": 0.6} for step in (0, 12345)}
+    steps = [
+        {"step": float(step), "response_tokens": 6419 / 64, "student_prefix_frac": 0.25, "step_s": 1.0}
+        for step in range(12046, 12346)
+    ]
+    folder = RunFolder(tmp_path / "run")
+    leave_finished_run(config, folder, evaluated, steps)
+    result = read_result("low", 1, folder)
+    end = result.evaluations[-1]
+    assert (end["step"], end["student_tokens"]) == (12345, 300 * 1605)
+    assert (end["teacher_tokens"], end["sampled_tokens"]) == (teacher, sampled)
+    assert end["avg_at_k"] == 0.5432 and result.curves["step"][-1] == np.mean(range(12339, 12346))
+
+
+@pytest.mark.slow
+def test_what_a_run_went_through_is_kept_beside_where_it_ended(tmp_path: Path) -> None:
+    """Longest responses, lowest entropy and mean accuracy of the evaluations so far, the one before training left out."""
+    evaluated = {
+        0: {"avg_at_k": 0.9, "pass_at_k": 0.9, "response_tokens": 200.0, "entropy_nats": 0.01},
+        3: {"avg_at_k": 0.1, "pass_at_k": 0.1, "response_tokens": 150.0, "entropy_nats": 0.05},
+        6: {"avg_at_k": 0.7, "pass_at_k": 0.7, "response_tokens": 25.0, "entropy_nats": 0.2},
+    }
+    steps = [
+        {"step": float(step), "response_tokens": 60.0, "student_prefix_frac": 1.0, "step_s": 1.0}
+        for step in range(1, 7)
+    ]
+    folder = RunFolder(tmp_path / "run")
+    leave_finished_run(arm("low", 0.0).config, folder, evaluated, steps)
+    before, middle, end = read_result("low", 1, folder).evaluations
+    assert math.isnan(before["peak_response_tokens"])
+    assert (middle["path_avg_at_k"], middle["peak_response_tokens"], middle["low_entropy_nats"]) == (0.1, 150, 0.05)
+    assert (end["path_avg_at_k"], end["peak_response_tokens"], end["low_entropy_nats"]) == (0.4, 150, 0.05)
+
+
+@pytest.mark.slow
+def test_results_are_small_without_paths_and_enough_to_redraw(runs: MadeUpRuns, tmp_path: Path) -> None:
+    """The file is valid JSON, loads to what was saved, names no folder, and alone gives the same pages again."""
+    run_study(small_study(draw=True), tmp_path / "study", runs)
+    source = (tmp_path / "study" / "s" / "results.json").read_text()
+    assert str(tmp_path) not in source and str(tiny.MODELS) not in source and "NaN" not in source
+    kept = tmp_path / "kept" / "results.json"
+    kept.parent.mkdir()
+    kept.write_text(source)
+    save(load(kept), kept)
+    assert kept.read_text() == source
+    assert redraw([str(kept)]) == 0
+    for name in ("results.md", "study.html", "figures/scatter.svg", "figures/hand_off.svg"):
+        assert (kept.parent / name).read_bytes() == (tmp_path / "study" / "s" / name).read_bytes()
+
+
+def test_long_runs_stay_small(tmp_path: Path) -> None:
+    """Training metrics are kept as means of stretches, and so are not longer than a limit."""
+    folder = RunFolder(tmp_path / "run")
+    made_up_run(replace(arm("low", 0.0).config, num_steps=1000), folder)
+    curves = read_result("low", 1, folder).curves
+    assert set(curves) == {"step", *CURVES} and {len(values) for values in curves.values()} == {CURVE_POINTS}
+    assert curves["step"][0] == pytest.approx(13.0)  # the mean of steps 1 to 25
+
+
+@pytest.mark.slow
+def test_pages_hold_every_number_figure_and_measure(runs: MadeUpRuns, tmp_path: Path) -> None:
+    """Markdown and page show the table's intervals, the claim escaped, the command; figures are well-formed SVG files."""
+    run_study(small_study(draw=True), tmp_path, runs)
+    markdown, page = (tmp_path / "s" / "results.md").read_text(), (tmp_path / "s" / "study.html").read_text()
+    shown = over_seeds(load(tmp_path / "s" / "results.json").final("high", "avg_at_k").values()).shown(".3f")
+    for text in (markdown, page):
+        assert (
+            shown in text
+            and "megatron-distill study x.s" in text
+            and "Of made-up" in text
+            and MEASURES["reuse_seconds"].meaning in text
+        )
+    assert "This study **shows it**" in markdown and "the low \\| arm" in markdown
+    assert "&lt;than&gt;" in page and "<script" not in page and "**" not in page.split("</style>")[1]
+    figures = sorted((tmp_path / "s" / "figures").iterdir())
+    assert [path.stem for path in figures] == ["curves", "dose", "hand_off", "path", "scatter"]
+    for path in figures:
+        ElementTree.parse(path)
+        assert f"figures/{path.name}" in markdown
+
+
+@pytest.mark.slow
+def test_pages_bear_studies_that_have_hardly_begun(runs: MadeUpRuns, tmp_path: Path) -> None:
+    """No finished run: no figure and no number. One run of one seed: numbers without intervals, and no verdict."""
+    study = small_study(draw=True)
+    study_module._publish(study, {}, tmp_path / "s")
+    assert "cannot judge it yet" in (tmp_path / "s" / "results.md").read_text()
+    assert not list((tmp_path / "s" / "figures").iterdir())
+    run_study(
+        replace(study, arms=study.arms[:2], seeds=(1,), questions=(study.questions[0].without({"then"}),)),
+        tmp_path,
+        runs,
+    )
+    assert "one seed has no interval" in (tmp_path / "s" / "results.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", every(Study))
+def test_pages_of_every_study_can_be_made(name: str, tmp_path: Path) -> None:
+    """Whatever its arms differ in, also in fields that some of them lack: before the first run, and with a run of each arm."""
+    study = every(Study)[name]()
+    study_module._publish(study, {}, tmp_path / "empty")
+    assert "## Settings" in (tmp_path / "empty" / "results.md").read_text()
+    finished = {(one.name, 1): RunFolder(tmp_path / one.name) for one in study.arms}
+    for one in study.arms:
+        made_up_run(replace(one.config, seed=1), finished[one.name, 1])
+    study_module._publish(study, finished, tmp_path / "results")
+    drawn = {path.stem for path in (tmp_path / "results" / "figures").iterdir()}
+    assert drawn == {figure.name for question in study.questions for figure in question.figures}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", sorted(STUDIES.glob("*/results.json")), ids=lambda path: path.parent.name)
+def test_the_pages_of_kept_results_are_what_would_be_written_now(kept: Path, tmp_path: Path) -> None:
+    """Whoever changes how results are told writes those of ``docs/study`` again."""
+    shutil.copy(kept, tmp_path)
+    assert redraw([str(tmp_path / kept.name)]) == 0
+    assert (tmp_path / "results.md").read_text() == kept.with_name("results.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"runs": 3}', "[]"])
+def test_other_files_are_no_results(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A broken or foreign file is named, with what to give instead."""
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match="not a study's results"):
+        load(path)
+    assert redraw([str(path)]) == 1 and "results.json" in capsys.readouterr().err
