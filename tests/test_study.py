@@ -17,7 +17,7 @@ from megatron_distill.launch import local, preflight
 from megatron_distill.launch.disk import bytes_to_come
 from megatron_distill.models.hf_config import HfConfig
 from megatron_distill.runs.run_folder import RunFolder
-from megatron_distill.study.design import Arm, Study, StudyFigure, check_study
+from megatron_distill.study.design import Arm, Comparison, Group, Study, StudyFigure, check_study
 from megatron_distill.study.results import load
 from megatron_distill.study.run import planned, run_study
 from tests.support.made_up_study import MadeUpRuns, arm, small_study
@@ -132,6 +132,17 @@ def test_unsound_studies_are_refused_with_all_problems(tmp_path: Path) -> None:
     ):
         assert part in message
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("greater", "lesser"), [(("high",), ()), ((), ("low",)), (("high", "low"), ("low",)), (("high", "high"), ("low",))]
+)
+def test_a_comparison_has_arms_on_both_sides_each_once(greater: tuple[str, ...], lesser: tuple[str, ...]) -> None:
+    """An empty side has no mean, and what stands on both says nothing."""
+    asked = Comparison("avg_at_k", Group("these", greater), Group("those", lesser))
+    question = replace(small_study().questions[0], comparisons=(asked,))
+    with pytest.raises(ConfigError, match=r"comparisons\[avg_at_k: these > those\] = .*none may come twice"):
+        check_study(small_study(questions=(question,)))
 
 
 @pytest.mark.parametrize("field", ["rl.reward", "components", "trackers"])

@@ -133,7 +133,7 @@ def test_pages_hold_every_number_figure_and_measure(runs: MadeUpRuns, tmp_path: 
             and "Of made-up" in text
             and MEASURES["reuse_seconds"].meaning in text
         )
-    assert "This study **shows it**" in markdown and "the low \\| arm" in markdown
+    assert "This study **shows it (1 of 1 stands after correction)**" in markdown and "the low \\| arm" in markdown
     assert "&lt;than&gt;" in page and "<script" not in page and "**" not in page.split("</style>")[1]
     figures = sorted((tmp_path / "s" / "figures").iterdir())
     assert [path.stem for path in figures] == ["curves", "dose", "hand_off", "path", "scatter"]
@@ -147,14 +147,16 @@ def test_pages_bear_studies_that_have_hardly_begun(runs: MadeUpRuns, tmp_path: P
     """No finished run: no figure and no number. One run of one seed: numbers without intervals, and no verdict."""
     study = small_study(draw=True)
     study_module._publish(study, {}, tmp_path / "s")
-    assert "cannot judge it yet" in (tmp_path / "s" / "results.md").read_text()
+    text = (tmp_path / "s" / "results.md").read_text()
+    assert "cannot judge it yet" in text and "Interim: the planned test is over 3 seeds" in text
     assert not list((tmp_path / "s" / "figures").iterdir())
     run_study(
         replace(study, arms=study.arms[:2], seeds=(1,), questions=(study.questions[0].without({"then"}),)),
         tmp_path,
         runs,
     )
-    assert "one seed has no interval" in (tmp_path / "s" / "results.md").read_text()
+    text = (tmp_path / "s" / "results.md").read_text()
+    assert "one seed has no interval" in text and "Interim" not in text
 
 
 @pytest.mark.slow

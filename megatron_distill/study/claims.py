@@ -5,7 +5,7 @@ In: ``Results`` and a question's comparisons. Out: a ``Verdict`` for each, one f
 A comparison says that a measure is greater in one group of arms than in another. Runs of the same seed are paired: they see
 the same problems in the same order, and are evaluated with the same sampling seeds. It is judged by the 95% t-interval of the
 paired difference over seeds: above 0 the study shows it, below 0 it shows the opposite, around 0 it does not show it. Beside
-that verdict stands whether it survives the correction for all comparisons of the study together (``holm``).
+that verdict stands whether it survives the correction for all comparisons that the study plans (``holm``).
 """
 
 import math
@@ -28,8 +28,8 @@ class Judgement:
         greater: the side said to be greater, over the seeds that both sides have.
         lesser: the other side.
         difference: of the two, paired by seed.
-        corrected_p: p-value of the difference, corrected for all comparisons of the study; nan if it is not judged.
-        num_compared: how many those are.
+        corrected_p: p-value of the difference, corrected for all comparisons that the study plans; nan if it is not judged.
+        num_compared: how many those are, judged or not.
     """
 
     comparison: Comparison
@@ -41,8 +41,8 @@ class Judgement:
 
     @property
     def verdict(self) -> Verdict:
-        """Judged by the interval of the difference; with fewer than two seeds there is none."""
-        if self.difference.num_seeds < 2:
+        """Judged by the interval of the difference, where chance has one: see ``Interval.p_value``."""
+        if math.isnan(self.difference.p_value):
             return "not judged"
         if self.difference.low > 0:
             return "shows"
@@ -53,6 +53,11 @@ class Judgement:
         """Whether the two sides' own intervals share no value: a harder test than the difference's."""
         return self.difference.num_seeds > 1 and not self.greater.overlaps(self.lesser)
 
+    @property
+    def stands(self) -> bool:
+        """Whether it found something that is left once all planned comparisons are counted."""
+        return self.corrected_p < SIGNIFICANCE
+
 
 SIGNIFICANCE = 0.05
 
@@ -60,34 +65,33 @@ SIGNIFICANCE = 0.05
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for their number (Holm 1979): the chance of one false finding among all stays below the level.
 
-    In rising order the i-th of m (from 0) is multiplied by m - i, and none may be below the one before it. What is nan is not
-    counted and stays nan.
+    In rising order the i-th of m (from 0) is multiplied by m - i, and none may be below the one before it. What is nan counts
+    as 1, the last in that order, and stays nan: a test that is planned is one of the m before its numbers are in.
     """
     order = sorted((p, place) for place, p in enumerate(p_values) if math.isfinite(p))
     corrected, floor = [math.nan] * len(p_values), 0.0
     for rank, (p, place) in enumerate(order):
-        floor = max(floor, min((len(order) - rank) * p, 1.0))
+        floor = max(floor, min((len(p_values) - rank) * p, 1.0))
         corrected[place] = floor
     return corrected
 
 
 def judge_all(results: Results) -> list[list[Judgement]]:
-    """Judge every comparison of a study, question by question, and correct for the number of all. Questions that ask for the
-    same comparison ask it once."""
+    """Judge every comparison of a study, question by question, and correct for the number of all, whether their runs have
+    finished or not. Questions that ask for the same comparison ask it once."""
     judged = [[judge(results, one) for one in question.comparisons] for question in results.questions]
     different = {_identity(one): one.difference.p_value for question in judged for one in question}
     corrected = dict(zip(different, holm(list(different.values())), strict=True))
-    num_compared = sum(math.isfinite(p) for p in corrected.values())
     return [
-        [replace(one, corrected_p=corrected[_identity(one)], num_compared=num_compared) for one in question]
+        [replace(one, corrected_p=corrected[_identity(one)], num_compared=len(corrected)) for one in question]
         for question in judged
     ]
 
 
-def _identity(judgement: Judgement) -> tuple[str, frozenset[tuple[str, ...]]]:
-    """What a two-sided test asks: a measure and two sides, whichever is said to be greater."""
+def _identity(judgement: Judgement) -> tuple[str, frozenset[frozenset[str]]]:
+    """What a two-sided test asks: a measure and two sides of arms, whichever is said to be greater."""
     one = judgement.comparison
-    return one.measure, frozenset((one.greater.arms, one.lesser.arms))
+    return one.measure, frozenset((frozenset(one.greater.arms), frozenset(one.lesser.arms)))
 
 
 def judge(results: Results, comparison: Comparison) -> Judgement:
@@ -103,23 +107,28 @@ def judge(results: Results, comparison: Comparison) -> Judgement:
 
 
 def verdict_on_claim(judgements: list[Judgement]) -> str:
-    """The verdict on all comparisons of a claim together, to stand after "this study"."""
+    """The verdict on all comparisons of a claim together, to stand after "this study", with how many of its findings are left
+    once all planned comparisons are counted: ``shows it (1 of 2 stand after correction)``."""
     verdicts = [judgement.verdict for judgement in judgements]
     count = len(verdicts)
     shown, opposite = verdicts.count("shows"), verdicts.count("the opposite")
-    if not verdicts or "not judged" in verdicts:
+    found = shown + opposite
+    if not verdicts or any(judgement.difference.num_seeds < 2 for judgement in judgements):
         return "cannot judge it yet"
-    if shown == count:
-        return "shows it"
-    if opposite == count:
-        return "shows the opposite"
-    if not shown + opposite:
+    if "not judged" in verdicts:
+        return "cannot judge it"
+    if not found:
         return "does not show it"
+    stand = f"{sum(one.stands for one in judgements)} of {found} {'stand' if found > 1 else 'stands'} after correction"
+    if shown == count:
+        return f"shows it ({stand})"
+    if opposite == count:
+        return f"shows the opposite ({stand})"
     if not opposite:
-        return f"shows it in part ({shown} of {count} comparisons)"
+        return f"shows it in part ({shown} of {count} comparisons; {stand})"
     if not shown:
-        return f"shows the opposite in part ({opposite} of {count} comparisons)"
-    return f"shows it in part ({shown} of {count} comparisons) and the opposite in part ({opposite})"
+        return f"shows the opposite in part ({opposite} of {count} comparisons; {stand})"
+    return f"shows it in part and the opposite in part ({shown} and {opposite} of {count} comparisons; {stand})"
 
 
 def sentence(judgement: Judgement) -> str:
@@ -133,7 +142,8 @@ def sentence(judgement: Judgement) -> str:
     signed = measure.form if measure.form.startswith("+") else f"+{measure.form}"
     text = f"{sides}, difference {judgement.difference.shown(signed)}"
     if judgement.verdict == "not judged":
-        return f"{asked}: **not judged**, one seed has no interval. {text}."
+        none = "one seed" if judgement.difference.num_seeds == 1 else "a difference that is the same for all seeds"
+        return f"{asked}: **not judged**, {none} has no interval. {text}."
     apart = "separate" if judgement.separate else "overlap"
     return (
         f"{asked}: **{judgement.verdict}**. {text}, {judgement.difference.num_seeds} seeds; the two intervals {apart}"
@@ -142,8 +152,8 @@ def sentence(judgement: Judgement) -> str:
 
 
 def _corrected(judgement: Judgement) -> str:
-    """Whether a finding stands once all comparisons of the study are counted; nothing for what found nothing."""
+    """Whether a finding stands once all planned comparisons are counted; nothing for what found nothing."""
     if judgement.verdict == "does not show" or math.isnan(judgement.corrected_p):
         return ""
-    stands = "stands" if judgement.corrected_p < SIGNIFICANCE else "does not stand"
+    stands = "stands" if judgement.stands else "does not stand"
     return f"; it {stands} after correction for {judgement.num_compared} comparisons (p = {judgement.corrected_p:.2g})"

@@ -106,7 +106,7 @@ class Group:
 
     Attributes:
         label: in sentences.
-        arms: their names.
+        arms: their names, at least one.
     """
 
     label: str
@@ -115,7 +115,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One thing that a claim says of the numbers: a measure is greater in one group of arms than in another."""
+    """One thing that a claim says of the numbers: a measure is greater in one group of arms than in another, without an arm in
+    common."""
 
     measure: str
     greater: Group
@@ -252,6 +253,7 @@ def check_study(study: Study) -> None:
     for question in study.questions:
         where = f"study.questions[{question.title}]"
         problems += [f"{where} = {problem}" for problem in _unknown(question, names)]
+        problems += [f"{where}.{problem}" for problem in _unclear_sides(question)]
         for figure in question.figures:
             unclear = _unclear_axes(figure)
             if figure.kind == "dose":
@@ -271,6 +273,16 @@ def _unknown(question: Question, arms: list[str]) -> list[str]:
             for m in dict.fromkeys(measures)
             if m not in MEASURES
         ),
+    ]
+
+
+def _unclear_sides(question: Question) -> list[str]:
+    """Comparisons in which not every side has arms, each of them once."""
+    return [
+        f"comparisons[{one.measure}: {one.greater.label} > {one.lesser.label}] = {one.greater.arms} > {one.lesser.arms}: each "
+        "side must have arms, and none may come twice. An arm says nothing against itself. Name other arms."
+        for one in question.comparisons
+        if not one.greater.arms or not one.lesser.arms or len(set(one.arms)) < len(one.arms)
     ]
 
 

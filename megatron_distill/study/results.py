@@ -20,6 +20,9 @@ from megatron_distill.errors import DataError
 from megatron_distill.runs.run_folder import finite_or_none, read_json
 from megatron_distill.study.design import Comparison, Group, Question, StudyFigure
 
+_ROUNDING = 1e-9
+"""Of the mean: a smaller standard deviation over seeds is what fp64 leaves of equal numbers."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -27,7 +30,7 @@ class Interval:
 
     Attributes:
         mean: nan without a seed.
-        low: lower end; nan with fewer than two seeds.
+        low: lower end; nan with fewer than two seeds; the mean where all seeds agree.
         high: upper end.
         num_seeds: behind it.
     """
@@ -39,12 +42,13 @@ class Interval:
 
     @property
     def p_value(self) -> float:
-        """How often chance makes a mean this far from 0 where the true one is 0, by Student's t; nan without an interval."""
+        """How often chance makes a mean this far from 0 where the true one is 0, by Student's t; nan where nothing tells how
+        chance moves it: with fewer than two seeds, or where all agree on something else than 0."""
         if self.num_seeds < 2:
             return math.nan
         half, freedom = (self.high - self.low) / 2, self.num_seeds - 1
         if half == 0:
-            return 1.0 if self.mean == 0 else 0.0
+            return 1.0 if self.mean == 0 else math.nan
         return float(2 * student_t.sf(abs(self.mean) / half * student_t.ppf(0.975, freedom), freedom))
 
     def shown(self, form: str) -> str:
@@ -61,7 +65,8 @@ class Interval:
 
 
 def over_seeds(values: Iterable[float]) -> Interval:
-    """Mean and 95% t-interval, ``mean +- t(n - 1) * s / sqrt(n)``; what is not finite is left out.
+    """Mean and 95% t-interval, ``mean +- t(n - 1) * s / sqrt(n)``; what is not finite is left out. Where s is rounding alone,
+    all seeds agree, and the interval is the mean.
 
     It tells how far another seed's training and sampling could move the mean. The held-out problems are the same for all
     seeds, so what another set of problems would change is not in it.
@@ -71,7 +76,10 @@ def over_seeds(values: Iterable[float]) -> Interval:
     mean = float(finite.mean()) if n else math.nan
     if n < 2:
         return Interval(mean, math.nan, math.nan, n)
-    half = float(student_t.ppf(0.975, n - 1) * finite.std(ddof=1)) / math.sqrt(n)
+    spread = float(finite.std(ddof=1))
+    if spread <= _ROUNDING * abs(mean):
+        return Interval(mean, mean, mean, n)
+    half = float(student_t.ppf(0.975, n - 1)) * spread / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
 

@@ -18,8 +18,8 @@ EVERY_STEPS = 3
 
 
 def made_up_run(config: RunConfig, folder: RunFolder, out: TextIO | None = None, accuracy: float = 0.5) -> None:
-    """A finished run's folder as training leaves it, with numbers that depend on the seed."""
-    rng = np.random.default_rng(config.seed)
+    """A finished run's folder as training leaves it, with numbers that depend on the seed and the accuracy."""
+    rng = np.random.default_rng((config.seed, round(100 * accuracy)))
     share = config.rollouts.student_prefix_frac.at(0)
     metrics = []
     for step in range(1, config.num_steps + 1):
