@@ -2,7 +2,7 @@
 
 In: ``Results``, and nothing else. So the pages of a results file that was kept can be made again, without any run:
 
-    python -m megatron_distill.study.page docs/study/results.json
+    python -m megatron_distill.study.page docs/study/tiny/results.json
 """
 
 import sys
@@ -90,7 +90,13 @@ def _status(results: Results) -> str:
     planned = len(results.arms) * len(results.seeds)
     state = "finished" if len(results.runs) == planned else "under way"
     seeds = ", ".join(map(str, results.seeds))
-    return f"{len(results.runs)} of {planned} runs ({state}): {len(results.arms)} arms, seeds {seeds}."
+    status = f"{len(results.runs)} of {planned} runs ({state}): {len(results.arms)} arms, seeds {seeds}."
+    if len(results.runs) == planned:
+        return status
+    return (
+        f"{status} Interim: the planned test is over {len(results.seeds)} seeds, and looking earlier raises the chance of a "
+        "false finding."
+    )
 
 
 def _notes(results: Results) -> list[str]:
@@ -103,8 +109,8 @@ def _notes(results: Results) -> list[str]:
         evaluated = f"{sizes['num_problems']:.0f} held-out problems, {samples}, at the last step of each run. "
     return [
         f"{evaluated}In brackets: 95% t-interval of the mean over seeds; a number without brackets has one seed, or is the "
-        "same for all. All runs answer the same held-out problems, so the intervals do not say what other problems would "
-        "change.",
+        "same for all. Of few and uneven seeds an interval may reach past what its measure can be. All runs answer the same "
+        "held-out problems, so the intervals do not say what other problems would change.",
         "Verdicts are computed. A comparison pairs the runs of equal seeds and looks at the 95% t-interval of their "
         "difference: above 0 it **shows** what was claimed, below 0 **the opposite**, around 0 it **does not show** it, which "
         f"with few seeds is no proof of its absence. It judges each of the {num_judged} comparisons alone: where nothing "
