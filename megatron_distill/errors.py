@@ -17,6 +17,10 @@ class DataError(DistillError, ValueError):
     """A prompt file, a reply or a batch does not hold what it must."""
 
 
+class BusyError(DistillError, RuntimeError):
+    """Another command is making the run of this folder."""
+
+
 class CheckpointError(DistillError, ValueError):
     """A model directory or checkpoint is missing, corrupt, or holds what we would not carry over."""
 

@@ -1,6 +1,7 @@
 """Studies: what is run and in which order, and what survives interruptions."""
 
 import shutil
+import threading
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,13 @@ from megatron_distill.errors import CheckpointError, ConfigError, DistillError
 from megatron_distill.launch import local, preflight
 from megatron_distill.launch.disk import bytes_to_come
 from megatron_distill.models.hf_config import HfConfig
+from megatron_distill.runs.lock import RunLock
 from megatron_distill.runs.run_folder import RunFolder
+from megatron_distill.study import run as study_module
 from megatron_distill.study.design import Arm, Comparison, Group, Study, StudyFigure, check_study
 from megatron_distill.study.results import load
 from megatron_distill.study.run import planned, run_study
-from tests.support.made_up_study import MadeUpRuns, arm, small_study
+from tests.support.made_up_study import MadeUpRuns, arm, made_up_run, small_study
 
 
 @pytest.fixture
@@ -64,6 +67,105 @@ def test_commands_of_different_seeds_share_a_folder(runs: MadeUpRuns, tmp_path: 
     assert [path.name for path in (tmp_path / "s").iterdir() if path.suffix == ".tmp"] == []
     with pytest.raises(ConfigError, match=r"seeds = 7: the study has none such\. Its seeds: 1, 2, 3"):
         run_study(small_study(), tmp_path, must_not_train, seeds=(7,))
+
+
+def test_what_another_command_has_made_since_is_not_made_again(runs: MadeUpRuns, tmp_path: Path) -> None:
+    """Commands of the same seeds share them: while one makes its first run, another makes all others."""
+
+    def beside(config: RunConfig, folder: RunFolder, out: TextIO) -> None:
+        runs(config, folder, out)
+        for key in all_runs.missing[1:]:
+            made_up_run(all_runs.configs[key], all_runs.folders[key])
+
+    all_runs = planned(small_study(), tmp_path)
+    run_study(small_study(), tmp_path, beside)
+    assert runs == [("low", 1)] and len(load(tmp_path / "s" / "results.json").runs) == 9
+
+
+def test_what_another_command_is_making_is_left_to_it(
+    runs: MadeUpRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what goes on from it; all other runs are made, and what was left is told."""
+
+    def locked(config: RunConfig, folder: RunFolder, out: TextIO) -> None:
+        with RunLock(folder.root):
+            runs(config, folder, out)
+
+    low = RunFolder(tmp_path / "runs" / "low" / "seed_1")
+    low.create()
+    with RunLock(low.root):
+        run_study(small_study(seeds=(1,)), tmp_path, locked)
+    assert runs == [("high", 1)]
+    assert "2 runs were left to another command" in capsys.readouterr().out
+    run_study(small_study(seeds=(1,)), tmp_path, locked)
+    assert runs == [("high", 1), ("low", 1), ("then", 1)]
+
+
+def test_a_quick_look_and_the_whole_study_share_a_folder(runs: MadeUpRuns, tmp_path: Path) -> None:
+    """In either order; their runs and results lie apart."""
+    whole = small_study(seeds=(1,), quick_overrides=("num_steps=3",))
+    for study in (whole.quick(), whole, whole.quick()):
+        run_study(study, tmp_path, runs)
+    assert len(runs) == 2 + 3
+    assert len(list((tmp_path / "runs-quick").glob("*/seed_1"))) == 2
+    assert load(tmp_path / "s" / "results.json").runs[0].evaluations[-1]["step"] == 6
+
+
+@pytest.mark.slow
+def test_a_slow_command_does_not_undo_what_a_fast_one_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one writes the results of the run that it saw, a second run finishes, whose command comes after it."""
+    all_runs = planned(small_study(), tmp_path)
+    first, second = all_runs.missing[:2]
+    made_up_run(all_runs.configs[first], all_runs.folders[first])
+    fast = threading.Thread(target=all_runs.publish)
+    read = study_module.collect
+
+    def slow(*arguments: Any) -> Any:
+        results = read(*arguments)
+        if not fast.ident:
+            made_up_run(all_runs.configs[second], all_runs.folders[second])
+            fast.start()
+            fast.join(timeout=1)  # without a turn it would be done by now
+        return results
+
+    monkeypatch.setattr(study_module, "collect", slow)
+    all_runs.publish()
+    fast.join()
+    assert len(load(tmp_path / "s" / "results.json").runs) == 2
+    assert "2 of 9 runs" in (tmp_path / "s" / "study.html").read_text()
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_kill_while_results_are_written_leaves_whole_files(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first, second and third file: each is the old one or the new one, and the next command writes all and leaves no
+    other."""
+    all_runs = planned(small_study(), tmp_path)
+    all_runs.publish()
+    folder, first = tmp_path / "s", all_runs.missing[0]
+    names = ("results.json", "results.md", "study.html")
+    old = {name: (folder / name).read_bytes() for name in names}
+    made_up_run(all_runs.configs[first], all_runs.folders[first])
+    whole = Path.write_bytes
+
+    def killed(path: Path, content: bytes) -> int:
+        if path.name.startswith(names[number]):
+            whole(path, content[: len(content) // 2])
+            raise KeyboardInterrupt
+        return whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            all_runs.publish()
+    found = {name: (folder / name).read_bytes() for name in names}
+    all_runs.publish()
+    new = {name: (folder / name).read_bytes() for name in names}
+    assert found == {name: (new if place < number else old)[name] for place, name in enumerate(names)}
+    assert {path.name for path in folder.iterdir()} == {*names, "figures", ".publishing"}
 
 
 def test_results_are_written_after_each_run_and_a_failure_stops(runs: MadeUpRuns, tmp_path: Path) -> None:

@@ -15,11 +15,10 @@ from megatron_distill.config.loading import every
 from megatron_distill.config.schedules import constant
 from megatron_distill.errors import DataError
 from megatron_distill.runs.run_folder import RunFolder
-from megatron_distill.study import run as study_module
 from megatron_distill.study.design import CURVES, MEASURES, Study
 from megatron_distill.study.page import main as redraw
 from megatron_distill.study.results import load, over_seeds, save
-from megatron_distill.study.run import run_study
+from megatron_distill.study.run import StudyRuns, run_study
 from megatron_distill.study.run_results import CURVE_POINTS, read_result
 from tests.support.made_up import leave_finished_run
 from tests.support.made_up_study import MadeUpRuns, arm, made_up_run, small_study
@@ -146,7 +145,7 @@ def test_pages_hold_every_number_figure_and_measure(runs: MadeUpRuns, tmp_path: 
 def test_pages_bear_studies_that_have_hardly_begun(runs: MadeUpRuns, tmp_path: Path) -> None:
     """No finished run: no figure and no number. One run of one seed: numbers without intervals, and no verdict."""
     study = small_study(draw=True)
-    study_module._publish(study, {}, tmp_path / "s")
+    StudyRuns(study, tmp_path / "s", {}, {}, []).publish()
     text = (tmp_path / "s" / "results.md").read_text()
     assert "cannot judge it yet" in text and "Interim: the planned test is over 3 seeds" in text
     assert not list((tmp_path / "s" / "figures").iterdir())
@@ -164,12 +163,13 @@ def test_pages_bear_studies_that_have_hardly_begun(runs: MadeUpRuns, tmp_path: P
 def test_pages_of_every_study_can_be_made(name: str, tmp_path: Path) -> None:
     """Whatever its arms differ in, also in fields that some of them lack: before the first run, and with a run of each arm."""
     study = every(Study)[name]()
-    study_module._publish(study, {}, tmp_path / "empty")
+    StudyRuns(study, tmp_path / "empty", {}, {}, []).publish()
     assert "## Settings" in (tmp_path / "empty" / "results.md").read_text()
-    finished = {(one.name, 1): RunFolder(tmp_path / one.name) for one in study.arms}
-    for one in study.arms:
-        made_up_run(replace(one.config, seed=1), finished[one.name, 1])
-    study_module._publish(study, finished, tmp_path / "results")
+    configs = {(one.name, 1): replace(one.config, seed=1) for one in study.arms}
+    folders = {key: RunFolder(tmp_path / key[0]) for key in configs}
+    for key, config in configs.items():
+        made_up_run(config, folders[key])
+    StudyRuns(study, tmp_path / "results", folders, configs, []).publish()
     drawn = {path.stem for path in (tmp_path / "results" / "figures").iterdir()}
     assert drawn == {figure.name for question in study.questions for figure in question.figures}
 

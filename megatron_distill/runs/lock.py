@@ -18,12 +18,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from megatron_distill.config.json_files import write_whole
-from megatron_distill.errors import DistillError
+from megatron_distill.errors import BusyError, DistillError
 
 BEAT_S = 2.0
 _WATCHED_BEATS = 3.0
@@ -51,7 +52,8 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            DistillError: naming who holds it.
+            BusyError: naming who holds it.
+            DistillError: its launcher has gone, but processes of it go on.
         """
         self._directory.mkdir(exist_ok=True)
         self._file = (self._directory / "launcher").open("ab")
@@ -111,14 +113,14 @@ class RunLock:
                     )
                 time.sleep(_POLL_S)
 
-    def _refusal(self) -> DistillError:
+    def _refusal(self) -> BusyError:
         holder = self._read()
         who = (
             f"process {holder.get('pid')} on {holder.get('host')} ({holder.get('command')})"
             if holder
             else "another process"
         )
-        return DistillError(
+        return BusyError(
             f"run folder = {self._root}: {who} is running in it. Two runs in one folder would mix. Wait for it, stop it, or "
             "choose another --run-dir or name=..."
         )
@@ -149,6 +151,16 @@ def take_part(root: Path) -> None:
     file = (root / "lock" / "roles").open("ab")
     _try_lock(file, fcntl.LOCK_SH)
     _kept.append(file)
+
+
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Hold the lock of a file in an existing folder for as long as the block runs, after whoever holds it now. A file system
+    without locks lets all through."""
+    with path.open("ab") as file:
+        while not _try_lock(file, fcntl.LOCK_EX):
+            time.sleep(_POLL_S)
+        yield
 
 
 def _try_lock(file: BinaryIO, how: int) -> bool:

@@ -190,6 +190,7 @@ class Study:
         questions: in the order of the page.
         quick_arms: the arms of ``quick``.
         quick_overrides: ``section.field=value`` that shorten the runs of ``quick``.
+        runs: folder of the runs, in the one that the study is given.
     """
 
     name: str
@@ -201,9 +202,11 @@ class Study:
     questions: tuple[Question, ...]
     quick_arms: tuple[str, ...]
     quick_overrides: tuple[str, ...]
+    runs: str = "runs"
 
     def quick(self) -> "Study":
-        """A look at the study within minutes: its first seed, few arms, short runs. It judges nothing."""
+        """A look at the study within minutes: its first seed, few arms, short runs, kept apart from the whole ones. It judges
+        nothing."""
         kept = tuple(
             replace(arm, config=config_module.with_overrides(arm.config, (*self.quick_overrides, *arm.quick_overrides)))
             for arm in self.arms
@@ -219,6 +222,7 @@ class Study:
             arms=kept,
             seeds=self.seeds[:1],
             questions=tuple(question for question in fewer if len(question.arms) > 1),
+            runs=f"{self.runs}-quick",
         )
 
 

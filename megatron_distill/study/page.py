@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_distill.config.json_files import write_whole
 from megatron_distill.errors import DataError
 from megatron_distill.pages.page import Html, document, element, reading_help
 from megatron_distill.pages.page import table as html_table
@@ -57,9 +58,9 @@ def write_pages(results: Results, folder: Path) -> str:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for answer in answers:
         for name, _, svg, _ in answer.figures:
-            (folder / "figures" / f"{name}.svg").write_text(svg, encoding="utf-8")
-    (folder / "results.md").write_text(_markdown(results, answers), encoding="utf-8")
-    (folder / "study.html").write_text(_html(results, answers), encoding="utf-8")
+            write_whole(folder / "figures" / f"{name}.svg", svg.encode())
+    write_whole(folder / "results.md", _markdown(results, answers).encode())
+    write_whole(folder / "study.html", _html(results, answers).encode())
     width = max((len(answer.question.title) for answer in answers), default=0)
     return "\n".join(
         f"  {answer.question.title:<{width}}  this study {verdict_on_claim(answer.judgements)}" for answer in answers

@@ -7,7 +7,6 @@ command that made it.
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
+from megatron_distill.config.json_files import write_whole
 from megatron_distill.errors import DataError
 from megatron_distill.runs.run_folder import finite_or_none, read_json
 from megatron_distill.study.design import Comparison, Group, Question, StudyFigure
@@ -161,13 +161,11 @@ class Results:
 
 
 def save(results: Results, path: Path) -> None:
-    """Write the results, a run a line, through a temporary name of this process's own."""
+    """Write the results, a run a line."""
     plain = finite_or_none(asdict(results))
     runs = ",\n  ".join(json.dumps(run) for run in plain.pop("runs"))
     head = json.dumps(plain, indent=1).removesuffix("\n}")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(f'{head},\n "runs": [\n  {runs}\n ]\n}}\n', encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, f'{head},\n "runs": [\n  {runs}\n ]\n}}\n'.encode())
 
 
 def load(path: Path) -> Results:

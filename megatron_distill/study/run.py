@@ -10,12 +10,15 @@ has:
 
     FOLDER/
       runs/ARM/seed_N/    a run folder each; a finished one is not repeated, an interrupted one is resumed
+      runs-quick/         the same of --quick
       STUDY/
         results.json      all that the rest is made from: small, without paths, to be kept
         results.md        verdicts, tables        study.html    the same as a page        figures/*.svg
 
-Studies with arms in common make them once if they are given the same folder.
-Runs are made seed by seed, so that after a third of the time there is an answer to everything, from one seed.
+Studies with arms in common make them once if they are given the same folder. Several commands may share it too: what another
+has made is not repeated, what another is making is left to it.
+Runs are made seed by seed: of five seeds every arm has its first run after a fifth of the time, and every comparison is judged,
+on two seeds, after two fifths.
 """
 
 import json
@@ -27,11 +30,12 @@ from pathlib import Path
 from megatron_distill import config as config_module
 from megatron_distill.config import RunConfig, flatten
 from megatron_distill.convert.hf_files import check_free_space
-from megatron_distill.errors import ConfigError, DistillError
+from megatron_distill.errors import BusyError, ConfigError, DistillError
 from megatron_distill.launch.disk import bytes_to_come
 from megatron_distill.launch.launch import Train
 from megatron_distill.models import hub
 from megatron_distill.models.hf_config import HfConfig
+from megatron_distill.runs.lock import in_turn
 from megatron_distill.runs.run_folder import RunFolder
 from megatron_distill.runs.summary import duration
 from megatron_distill.study.design import Arm, Study, check_study
@@ -71,8 +75,16 @@ class StudyRuns:
         return (after, seed) if after else None
 
     def publish(self) -> str:
-        """Write results and pages of what has finished, whoever made it; its verdicts."""
-        return _publish(self.study, _finished(self.folders, self.configs), self.results)
+        """Write results and pages of what has finished, whoever made it; its verdicts.
+
+        Commands that share the folder take turns, from the look at what has finished to the last page: else the slower would
+        put what it saw in place of what the other has found since.
+        """
+        self.results.mkdir(parents=True, exist_ok=True)
+        with in_turn(self.results / ".publishing"):
+            results = collect(self.study, _finished(self.folders, self.configs))
+            save(results, self.results / "results.json")
+            return write_pages(results, self.results)
 
     def closing(self, verdicts: str) -> str:
         """What the console shows last."""
@@ -86,8 +98,8 @@ def run_study(study: Study, folder: Path, train: Train, seeds: Sequence[int] = (
         study: arms, seeds, questions.
         folder: for the runs and the results; absolute. It may hold those of other studies.
         train: makes a run, on this machine or on a cluster.
-        seeds: whose runs are made; none: all. The results hold whatever has finished, whoever made it, so that calls of
-            different seeds may share the folder at the same time.
+        seeds: whose runs are made; none: all. The results hold whatever has finished, whoever made it, and a run that another
+            call is making is left to it, so that calls may share the folder at the same time.
 
     Returns:
         The verdicts and where the results are, for the console.
@@ -99,15 +111,21 @@ def run_study(study: Study, folder: Path, train: Train, seeds: Sequence[int] = (
     runs = planned(study, folder, seeds)
     verdicts = runs.publish()
     began = time.monotonic()
+    left: list[Key] = []
     for number, key in enumerate(runs.missing, 1):
         print(f"run {number}/{len(runs.missing)}  {key[0]}, seed {key[1]} ... ", end="", flush=True)
         started = time.monotonic()
-        _train(runs.configs[key], runs.folders[key], train)
+        if runs.before(key) in left or not _is_made(runs.configs[key], runs.folders[key], train):
+            left.append(key)
+            print("left to another command, which is making it, or what it goes on from", flush=True)
+            continue
         verdicts = runs.publish()
         now = time.monotonic()
         eta = (now - began) / number * (len(runs.missing) - number)
         told = f"; ETA {duration(eta)}" if eta else ""
         print(f"{outcome(runs.folders[key])}, {duration(now - started)}{told}", flush=True)
+    if left:
+        print(f"{len(left)} runs were left to another command. Should it not finish them, the same command makes them.")
     return runs.closing(verdicts)
 
 
@@ -129,7 +147,7 @@ def planned(study: Study, folder: Path, seeds: Sequence[int] = ()) -> StudyRuns:
             f"--seeds = {unknown[0]}: the study has none such. Its seeds: {', '.join(map(str, study.seeds))}."
         )
     folders = {
-        (arm.name, seed): RunFolder(folder / "runs" / arm.name / f"seed_{seed}")
+        (arm.name, seed): RunFolder(folder / study.runs / arm.name / f"seed_{seed}")
         for seed in study.seeds
         for arm in study.arms
     }
@@ -202,27 +220,24 @@ def _finished(folders: dict[Key, RunFolder], configs: dict[Key, RunConfig]) -> d
     return {key: run for key, run in folders.items() if _is_finished(run, configs[key])}
 
 
-def _train(config: RunConfig, run: RunFolder, train: Train) -> None:
-    """One run, its console in ``logs/console.log``."""
+def _is_made(config: RunConfig, run: RunFolder, train: Train) -> bool:
+    """Make a run, its console in ``logs/console.log``, unless another command has made it since; False if one is making it."""
+    if _is_finished(run, config):
+        return True
     run.create()
     log = run.logs / "console.log"
     try:
         with log.open("a") as out:
             train(config, run, out)
+        return True
+    except BusyError:
+        return False
     except DistillError as error:
         print("failed", flush=True)
         raise DistillError(
             f"study run = {config.name}: failed, and the study stopped. The same command goes on from here; finished runs "
             f"are kept. Console of the run: {log}\n{error}"
         ) from error
-
-
-def _publish(study: Study, finished: dict[Key, RunFolder], folder: Path) -> str:
-    """Write results and pages of what has finished; its verdicts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    results = collect(study, finished)
-    save(results, folder / "results.json")
-    return write_pages(results, folder)
 
 
 def outcome(run: RunFolder) -> str:
