@@ -5,6 +5,7 @@ import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +15,15 @@ from megatron_distill import config as config_module
 from megatron_distill.config.loading import every
 from megatron_distill.config.schedules import constant
 from megatron_distill.errors import DataError
-from megatron_distill.runs.run_folder import RunFolder
+from megatron_distill.runs.run_folder import HELDOUT, RunFolder, read_json, write_json
+from megatron_distill.study import page
 from megatron_distill.study.design import CURVES, MEASURES, Study
 from megatron_distill.study.page import main as redraw
 from megatron_distill.study.results import load, over_seeds, save
 from megatron_distill.study.run import StudyRuns, run_study
 from megatron_distill.study.run_results import CURVE_POINTS, read_result
 from tests.support.made_up import leave_finished_run
-from tests.support.made_up_study import MadeUpRuns, arm, made_up_run, small_study
+from tests.support.made_up_study import MadeUpRuns, arm, made_up_run, results_of, small_study
 
 STUDIES = Path(__file__).parents[1] / "docs" / "study"
 
@@ -57,7 +59,8 @@ def test_counts_are_kept_whole_and_the_datas_tokens_are_nobodys(
     overrides = [
         f"rollouts.off_policy_source={source}",
         "rollouts.student_prefix_frac=0.25",
-        *("num_steps=12345", "rollouts.prompts_per_step=8", "rollouts.rollouts_per_prompt=8"),
+        *("num_steps=12345", "evaluation.every_steps=0"),
+        *("rollouts.prompts_per_step=8", "rollouts.rollouts_per_prompt=8"),
     ]
     config = config_module.with_overrides(arm("low", 0.0).config, overrides)
     evaluated = {step: {"avg_at_k": 0.54321, "pass_at_k": 0.6} for step in (0, 12345)}
@@ -76,20 +79,22 @@ def test_counts_are_kept_whole_and_the_datas_tokens_are_nobodys(
 
 @pytest.mark.slow
 def test_what_a_run_went_through_is_kept_beside_where_it_ended(tmp_path: Path) -> None:
-    """Longest responses, lowest entropy and mean accuracy of the evaluations so far, the one before training left out."""
+    """Longest responses, lowest entropy and mean accuracy of the evaluations so far, the one before training left out; and the
+    longest in training, whose stretches here are of one step."""
     evaluated = {
         0: {"avg_at_k": 0.9, "pass_at_k": 0.9, "response_tokens": 200.0, "entropy_nats": 0.01},
         3: {"avg_at_k": 0.1, "pass_at_k": 0.1, "response_tokens": 150.0, "entropy_nats": 0.05},
         6: {"avg_at_k": 0.7, "pass_at_k": 0.7, "response_tokens": 25.0, "entropy_nats": 0.2},
     }
     steps = [
-        {"step": float(step), "response_tokens": 60.0, "student_prefix_frac": 1.0, "step_s": 1.0}
-        for step in range(1, 7)
+        {"step": float(step), "response_tokens": tokens, "student_prefix_frac": 1.0, "step_s": 1.0}
+        for step, tokens in enumerate((60.0, 90.0, 70.0, math.nan, 120.0, 30.0), 1)
     ]
     folder = RunFolder(tmp_path / "run")
     leave_finished_run(arm("low", 0.0).config, folder, evaluated, steps)
     before, middle, end = read_result("low", 1, folder).evaluations
-    assert math.isnan(before["peak_response_tokens"])
+    assert math.isnan(before["peak_response_tokens"]) and math.isnan(before["peak_training_tokens"])
+    assert (middle["peak_training_tokens"], end["peak_training_tokens"]) == (90, 120)
     assert (middle["path_avg_at_k"], middle["peak_response_tokens"], middle["low_entropy_nats"]) == (0.1, 150, 0.05)
     assert (end["path_avg_at_k"], end["peak_response_tokens"], end["low_entropy_nats"]) == (0.4, 150, 0.05)
 
@@ -108,6 +113,59 @@ def test_results_are_small_without_paths_and_enough_to_redraw(runs: MadeUpRuns, 
     assert redraw([str(kept)]) == 0
     for name in ("results.md", "study.html", "figures/scatter.svg", "figures/hand_off.svg"):
         assert (kept.parent / name).read_bytes() == (tmp_path / "study" / "s" / name).read_bytes()
+
+
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_a_run_that_lacks_an_evaluation_is_named_with_the_file(step: int, tmp_path: Path) -> None:
+    """The first, a middle and the last: another step must not count as the start or the end; nor may there be one too many."""
+    folder = RunFolder(tmp_path / "run")
+    made_up_run(arm("low", 0.0).config, folder)
+    read_result("low", 1, folder)
+    evaluation = folder.evaluation(HELDOUT, step)
+    moved = evaluation.rename(tmp_path / "moved.json")
+    with pytest.raises(DataError, match=rf"step_00000{step}\.json: is missing: .*3 evaluations.*Put the file back"):
+        read_result("low", 1, folder)
+    moved.rename(evaluation)
+    summary = read_json(evaluation)["summary"]
+    write_json(folder.evaluation(HELDOUT, 4), {"summary": summary | {"step": 4}})
+    with pytest.raises(DataError, match=r"step_000004\.json: is one too many"):
+        read_result("low", 1, folder)
+
+
+@pytest.mark.parametrize("broken", [{"entropy_nats": None}, {"response_tokens": "64"}, {"k": None}])
+def test_an_evaluation_without_its_numbers_is_refused(broken: dict[str, Any], tmp_path: Path) -> None:
+    """What holds none, or something else, is named: a table would need it."""
+    folder = RunFolder(tmp_path / "run")
+    made_up_run(arm("low", 0.0).config, folder)
+    path, (name, value) = folder.evaluation(HELDOUT, 3), *broken.items()
+    whole = read_json(path)
+    less = {key: number for key, number in whole["summary"].items() if key != name}
+    for summary, told in ((less | broken, repr(value)), (less, "None")):
+        write_json(path, whole | {"summary": summary})
+        with pytest.raises(DataError, match=rf"{name} = {told} after step 3: must be a number"):
+            read_result("low", 1, folder)
+
+
+@pytest.mark.parametrize("unmeasured", [3, 6])
+def test_an_evaluation_that_could_not_be_measured_is_left_out(unmeasured: int, tmp_path: Path) -> None:
+    """Whether it comes first or last: what went before and after it still counts."""
+    measured = {"avg_at_k": 0.5, "pass_at_k": 0.6, "response_tokens": 64.0, "entropy_nats": 0.2}
+    evaluated = dict.fromkeys((0, 3, 6), measured)
+    nothing = dict.fromkeys(("avg_at_k", "response_tokens", "entropy_nats"), math.nan)
+    folder = RunFolder(tmp_path / "run")
+    leave_finished_run(arm("low", 0.0).config, folder, evaluated | {unmeasured: measured | nothing}, [{"step": 6.0}])
+    _, middle, end = read_result("low", 1, folder).evaluations
+    assert (end["path_avg_at_k"], end["peak_response_tokens"], end["low_entropy_nats"]) == (0.5, 64, 0.2)
+    assert math.isnan(middle["low_entropy_nats"]) == (unmeasured == 3)
+    assert math.isnan(end["peak_training_tokens"])  # which no step measured
+
+
+def test_a_seed_without_a_number_is_not_counted_for_it() -> None:
+    """A cell says how many of its arm's seeds it is of, where these are not all; nothing is said of a measure that none has."""
+    results = results_of({"low": [0.5, math.nan, 0.6], "high": [0.8, 0.7, 0.9]})
+    assert page._cell(results.final("low", "avg_at_k"), "avg_at_k").endswith("] (2 of 3 seeds)")
+    assert page._cell(results.final("high", "avg_at_k"), "avg_at_k").endswith("]")
+    assert page._cell({1: math.nan}, "avg_at_k") == "-"
 
 
 def test_long_runs_stay_small(tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ MEASURES: dict[str, Measure] = {
     "low_entropy_nats": Measure(
         "lowest entropy, nats", ".3f", "smallest predictive entropy at an evaluation after the first"
     ),
+    "peak_training_tokens": Measure(
+        "longest in training, tokens",
+        ".1f",
+        "largest mean length of training responses over a stretch of steps (a fortieth of the run), which sees what comes and "
+        "goes between two evaluations; where the teacher writes they are the teacher's",
+    ),
     "horizon_tokens": Measure("horizon, tokens", ".0f", "cap on response length in the last training step"),
     "student_tokens": Measure("tokens by student", ",.0f", "tokens that the student sampled for training"),
     "teacher_tokens": Measure("tokens by teacher", ",.0f", "tokens that the teacher sampled for training"),

@@ -6,7 +6,8 @@ In: ``Results``, and nothing else. So the pages of a results file that was kept 
 """
 
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def _answer(results: Results, question: Question, judgements: list[Judgement]) -
     ]
     rows = []
     for arm, label in question.arms.items():
-        cells = [over_seeds(results.final(arm, name).values()).shown(MEASURES[name].form) for name in question.columns]
+        cells = [_cell(results.final(arm, name), name) for name in question.columns]
         rows.append([label, str(len(results.runs_of(arm))), *cells])
     return Answer(
         question,
@@ -82,6 +83,13 @@ def _answer(results: Results, question: Question, judgements: list[Judgement]) -
         rows,
         [one for one in drawn if one[2]],
     )
+
+
+def _cell(by_seed: Mapping[int, float], measure: str) -> str:
+    """A measure of an arm, with the seeds behind it where it was not measured in all."""
+    interval = over_seeds(by_seed.values())
+    partly = f" ({interval.num_seeds} of {len(by_seed)} seeds)" if 0 < interval.num_seeds < len(by_seed) else ""
+    return interval.shown(MEASURES[measure].form) + partly
 
 
 # --- what stands in both pages ----------------------------------------------------------------------------------------

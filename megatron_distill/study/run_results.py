@@ -14,12 +14,18 @@ from megatron_distill import config as config_module
 from megatron_distill.errors import DataError
 from megatron_distill.pages.plots import Floats
 from megatron_distill.pages.run_record import RunRecord, read_run
-from megatron_distill.runs.run_folder import RunFolder, read_json
+from megatron_distill.runs.run_folder import HELDOUT, RunFolder, read_json
 from megatron_distill.study.design import CURVES, Study, settings_of
 from megatron_distill.study.results import ArmFacts, Results, RunResult
 
 CURVE_POINTS = 40  # of a training metric kept: means of equal stretches of steps
 SIGNIFICANT_DIGITS = 4
+
+_MEASURED = (
+    *("step", "num_problems", "k"),
+    *("avg_at_k", "pass_at_k", "entropy_nats", "response_tokens", "truncated_frac"),
+)
+"""What every evaluation holds that a table can show."""
 
 
 def collect(study: Study, folders: Mapping[tuple[str, int], RunFolder]) -> Results:
@@ -64,13 +70,10 @@ def read_result(arm: str, seed: int, folder: RunFolder) -> RunResult:
     """A finished run in numbers.
 
     Raises:
-        DataError: if the folder holds no evaluation.
+        DataError: the folder does not hold the evaluations that the run's config asks for, or one lacks a number.
     """
     run = read_run(folder)
-    if not run.evaluations:
-        raise DataError(
-            f"run folder = {folder.root}: a finished run without an evaluation. Delete the folder to repeat the run."
-        )
+    _check_evaluations(run, folder)
     costs = _cumulative_costs(run)
     steps = run.column("step")
     evaluations = []
@@ -79,6 +82,7 @@ def read_result(arm: str, seed: int, folder: RunFolder) -> RunResult:
         numbers = {name: float(value) for name, value in summary.items() if isinstance(value, int | float)}
         numbers["gain_avg_at_k"] = summary["avg_at_k"] - run.evaluations[0]["avg_at_k"]
         numbers |= _so_far(run.evaluations[1 : index + 1])
+        numbers["peak_training_tokens"] = _peak(run.column("response_tokens"), done)
         numbers["horizon_tokens"] = float(run.column("horizon_tokens")[done - 1]) if done else math.nan
         numbers |= {name: float(values[done - 1]) if done else 0.0 for name, values in costs.items()}
         evaluations.append(_rounded(numbers))
@@ -87,17 +91,42 @@ def read_result(arm: str, seed: int, folder: RunFolder) -> RunResult:
     return RunResult(arm, seed, evaluations, curves)
 
 
+def _check_evaluations(run: RunRecord, folder: RunFolder) -> None:
+    """Refuse a run of which another step than its last would count as the end, or than its first as the start.
+
+    Raises:
+        DataError: an evaluation is missing, or there is one too many, or it lacks a number. One that is nan is there.
+    """
+    remedy = "Put the file back from a copy, or delete the run's folder to repeat the run."
+    for summary in run.evaluations:
+        for name in _MEASURED:
+            if not isinstance(summary.get(name), int | float):
+                raise DataError(
+                    f"{folder.evals}: {name} = {summary.get(name)!r} after step {summary.get('step')}: must be a number. The "
+                    f"study's tables need it. {remedy}"
+                )
+    num_steps = run.config["num_steps"]
+    due = {*range(0, num_steps, run.config["evaluation.every_steps"] or num_steps), num_steps}
+    if odd := sorted(due ^ {summary["step"] for summary in run.evaluations}):
+        state = "is missing" if odd[0] in due else "is one too many"
+        raise DataError(
+            f"{folder.evaluation(HELDOUT, odd[0])}: {state}: evaluation.every_steps = "
+            f"{run.config['evaluation.every_steps']} and num_steps = {num_steps} give a finished run {len(due)} evaluations. "
+            f"Runs are compared at the same steps. {remedy}"
+        )
+
+
 def _so_far(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What a run went through up to an evaluation; nan before its first step, where all arms are alike."""
-    if not evaluations:
-        return dict.fromkeys(("path_avg_at_k", "peak_response_tokens", "low_entropy_nats"), math.nan)
+    """What a run went through up to an evaluation, as far as it was measured; nan where it never was, as before the first step,
+    where all arms are alike."""
     accuracies, lengths, entropies = (
-        [one[measure] for one in evaluations] for measure in ("avg_at_k", "response_tokens", "entropy_nats")
+        [one[measure] for one in evaluations if math.isfinite(one[measure])]
+        for measure in ("avg_at_k", "response_tokens", "entropy_nats")
     )
     return {
-        "path_avg_at_k": float(np.mean(accuracies)),
-        "peak_response_tokens": max(lengths),
-        "low_entropy_nats": min(entropies),
+        "path_avg_at_k": float(np.mean(accuracies)) if accuracies else math.nan,
+        "peak_response_tokens": max(lengths, default=math.nan),
+        "low_entropy_nats": min(entropies, default=math.nan),
     }
 
 
@@ -123,10 +152,20 @@ def _cumulative_costs(run: RunRecord) -> dict[str, Floats]:
     return {name: np.cumsum(np.nan_to_num(values)) for name, values in costs.items()}
 
 
+def _stretches(values: Floats) -> list[Floats]:
+    return np.array_split(values, min(CURVE_POINTS, len(values)) or 1)
+
+
 def _stretch_means(values: Floats) -> list[float]:
-    stretches = np.array_split(values, min(CURVE_POINTS, len(values)) or 1)
-    finite = [stretch[np.isfinite(stretch)] for stretch in stretches]
+    finite = [stretch[np.isfinite(stretch)] for stretch in _stretches(values)]
     return [_round(float(part.mean())) if len(part) else math.nan for part in finite]
+
+
+def _peak(values: Floats, done: int) -> float:
+    """The largest of the means over stretches that ended within the first ``done`` steps; nan if none was measured."""
+    ends = np.cumsum([len(stretch) for stretch in _stretches(values)])
+    means = zip(_stretch_means(values), ends, strict=True)
+    return max((mean for mean, end in means if end <= done and math.isfinite(mean)), default=math.nan)
 
 
 def _environment(folder: RunFolder) -> dict[str, Any]:

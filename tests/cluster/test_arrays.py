@@ -190,7 +190,8 @@ def test_a_failed_run_is_named_with_what_waited_for_it_and_the_others_are_kept(
     runs = planned(small_study(), tmp_path)
     fake_slurm(tmp_path, monkeypatch, "12_0 FAILED\n12_1 COMPLETED\n13_0 CANCELLED\n")
     low, high, then = runs.folders
-    evaluations = {step: {"avg_at_k": 0.5, "pass_at_k": 0.6} for step in (0, runs.configs[high].num_steps)}
+    end, every = runs.configs[high].num_steps, runs.configs[high].evaluation.every_steps
+    evaluations = {step: {"avg_at_k": 0.5, "pass_at_k": 0.6} for step in (*range(0, end, every or end), end)}
     for key, folder in runs.folders.items():
         folder.create()
         if key == high:
