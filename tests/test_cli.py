@@ -13,7 +13,7 @@ import pytest
 from megatron_distill.recipes.tiny import MODELS
 
 from megatron_distill.cli.main import COMMANDS, command_module, main
-from megatron_distill.launch.doctor import missing_compilers
+from megatron_distill.launch.doctor import commit_of, missing_compilers
 from megatron_distill.launch.signals import Interrupted, as_interrupts
 from tests.support.waiting import wait_until
 
@@ -217,3 +217,22 @@ def test_output_that_nobody_reads_ends_a_command_quietly() -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_commit_of_a_checkout_is_told_with_a_mark_if_it_was_changed(tmp_path: Path) -> None:
+    """Nothing where there is no checkout, though it may lie within one of something else, as an installed copy does."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    (tmp_path / "package").mkdir()
+    (tmp_path / "module.py").write_text("a = 1")
+    assert commit_of(tmp_path) == ""
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "HEAD")
+    assert (commit_of(tmp_path), commit_of(tmp_path / "package")) == (commit, "")
+    (tmp_path / "module.py").write_text("a = 2")
+    assert commit_of(tmp_path) == f"{commit}-dirty"

@@ -168,6 +168,30 @@ def test_a_seed_without_a_number_is_not_counted_for_it() -> None:
     assert page._cell({1: math.nan}, "avg_at_k") == "-"
 
 
+@pytest.mark.slow
+def test_runs_of_different_code_are_told(runs: MadeUpRuns, tmp_path: Path) -> None:
+    """Each environment is kept once; where commit or packages differ, the page says which arms and seeds were made by which."""
+    study = small_study(seeds=(1, 2))
+    run_study(study, tmp_path, runs)
+    path = tmp_path / "s" / "results.json"
+    assert len(load(path).environments) == 1 and "same code" not in path.with_suffix(".md").read_text()
+    changed = tmp_path / "runs" / "high" / "seed_2" / "env.json"
+    write_json(changed, read_json(changed) | {"commit": "abc-dirty", "packages": {"torch": "3", "apex": None}})
+    run_study(study, tmp_path, runs)
+    kept, text = load(path), path.with_suffix(".md").read_text()
+    assert [run.environment for run in kept.runs] == [0, 0, 0, 0, 1, 0] and len(kept.environments) == 2
+    assert "commit abc-dirty, torch 3 made the high | arm (seeds 2)." in text
+    assert "commit unknown, torch 2 made the low | arm (seeds 1, 2); the high | arm (seeds 1);" in text
+    assert "torch 3, by commit abc-dirty." in text
+
+
+def test_results_of_one_environment_can_still_be_read() -> None:
+    """As ``docs/study`` keeps them."""
+    for path in STUDIES.glob("*/results.json"):
+        results = load(path)
+        assert len(results.environments) == 1 and {run.environment for run in results.runs} == {0}
+
+
 def test_long_runs_stay_small(tmp_path: Path) -> None:
     """Training metrics are kept as means of stretches, and so are not longer than a limit."""
     folder = RunFolder(tmp_path / "run")

@@ -71,7 +71,7 @@ class Package:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, for a run's ``env.json``."""
+    """Code, versions and hardware, for a run's ``env.json``."""
     import torch
 
     from megatron_distill import __version__
@@ -81,12 +81,28 @@ def environment() -> dict[str, Any]:
     )
     return {
         "megatron_distill": __version__,
+        "commit": commit_of(Path(__file__).parents[2]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "gpus": gpus,
         "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+def commit_of(root: Path) -> str:
+    """The commit of a git checkout, with ``-dirty`` behind it where a tracked file was changed.
+
+    Args:
+        root: of the checkout.
+
+    Returns:
+        40 hex digits and the mark; empty where there is no checkout, as in an installed copy, or no git to ask.
+    """
+    if not ((root / ".git").exists() and shutil.which("git")):
+        return ""
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def packages() -> list[Package]:

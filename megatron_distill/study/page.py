@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_distill.config.json_files import write_whole
 from megatron_distill.errors import DataError
@@ -127,7 +128,33 @@ def _notes(results: Results) -> list[str]:
         "correction for all of them together (Holm, two-sided, 5%) is said beside it.",
         "Times are of one machine; whatever else ran on it is in them. Tokens of a step that student and teacher both wrote "
         "are split by how many of its responses each wrote, which is approximate; what the data wrote is not counted.",
+        *_mixed_code(results),
     ]
+
+
+def _mixed_code(results: Results) -> list[str]:
+    """Which runs were made by which commit and packages, where these are not the same for all."""
+    codes = [
+        {"megatron_distill": facts.get("megatron_distill"), "commit": facts.get("commit"), **facts.get("packages", {})}
+        for facts in results.environments
+    ]
+    names = dict.fromkeys(name for code in codes for name in code)
+    differing = [name for name in names if len({code.get(name) for code in codes}) > 1]
+    if not differing:
+        return []
+    seeds: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for run in results.runs:
+        code = ", ".join(f"{name} {codes[run.environment].get(name) or 'unknown'}" for name in differing)
+        seeds[code][results.arms[run.arm].label].append(run.seed)
+    told = [
+        f"{code} made {'; '.join(f'{label} (seeds {_listed(numbers)})' for label, numbers in arms.items())}."
+        for code, arms in seeds.items()
+    ]
+    return [f"Not all runs were made by the same code, which may be what differs. {' '.join(told)}"]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
 
 
 def _measures(results: Results) -> list[str]:
@@ -153,10 +180,14 @@ def _settings_rows(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def _environment(results: Results) -> str:
-    facts = results.environment
+    return " ".join(map(_made_on, results.environments))
+
+
+def _made_on(facts: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts.get("packages", {}).items() if version)
     devices = ", ".join(facts.get("gpus", [])) or f"{facts.get('cpus', '?')} CPU cores"
-    return f"Made on {devices} with Python {facts.get('python', '?')}, {versions or 'unknown versions'}."
+    commit = f", by commit {facts['commit']}" if facts.get("commit") else ""
+    return f"Made on {devices} with Python {facts.get('python', '?')}, {versions or 'unknown versions'}{commit}."
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------

@@ -92,12 +92,14 @@ class RunResult:
         seed: the run's seed, which pairs it with runs of other arms.
         evaluations: in step order: "step", "k", "num_problems", and every measure.
         curves: "step" and the training metrics, down-sampled, nan where not measured.
+        environment: where in ``Results.environments`` stands what made it.
     """
 
     arm: str
     seed: int
     evaluations: list[dict[str, float]]
     curves: dict[str, list[float]]
+    environment: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Results:
         arms: name -> facts, in the study's order.
         questions: what the study asked, as it was designed.
         common: dotted field -> value, of the fields that all arms share; no paths.
-        environment: versions and hardware of the runs.
+        environments: code, versions and hardware that made the runs, each kind once.
         runs: finished ones.
     """
 
@@ -139,7 +141,7 @@ class Results:
     arms: dict[str, ArmFacts]
     questions: list[Question]
     common: dict[str, Any]
-    environment: dict[str, Any]
+    environments: list[dict[str, Any]]
     runs: list[RunResult]
 
     def runs_of(self, arm: str) -> list[RunResult]:
@@ -169,13 +171,15 @@ def save(results: Results, path: Path) -> None:
 
 
 def load(path: Path) -> Results:
-    """Read what ``save`` wrote.
+    """Read what ``save`` wrote, today or when it kept the environment of the first run alone.
 
     Raises:
         DataError: if the file is missing or holds something else.
     """
     try:
         plain = read_json(path)
+        if "environment" in plain:
+            plain["environments"] = [plain.pop("environment")]
         arms = {name: ArmFacts(**facts) for name, facts in plain["arms"].items()}
         questions = [_question(question) for question in plain["questions"]]
         runs = [
@@ -184,6 +188,7 @@ def load(path: Path) -> Results:
                 run["seed"],
                 [{name: _number(value) for name, value in one.items()} for one in run["evaluations"]],
                 {name: [_number(value) for value in values] for name, values in run["curves"].items()},
+                run.get("environment", 0),
             )
             for run in plain["runs"]
         ]

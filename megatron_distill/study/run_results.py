@@ -6,6 +6,7 @@ training metrics, down-sampled.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,15 @@ def collect(study: Study, folders: Mapping[tuple[str, int], RunFolder]) -> Resul
         )
         for arm in study.arms
     }
-    runs = [read_result(arm, seed, folder) for (arm, seed), folder in folders.items()]
-    environment = _environment(next(iter(folders.values()))) if folders else {}
+    made_by = {key: _environment(folder) for key, folder in folders.items()}
+    environments: list[dict[str, Any]] = []
+    for facts in made_by.values():
+        if facts not in environments:
+            environments.append(facts)
+    runs = [
+        replace(read_result(*key, folder), environment=environments.index(made_by[key]))
+        for key, folder in folders.items()
+    ]
     return Results(
         study.title,
         study.scope,
@@ -61,7 +69,7 @@ def collect(study: Study, folders: Mapping[tuple[str, int], RunFolder]) -> Resul
         arms,
         list(study.questions),
         common,
-        environment,
+        environments,
         runs,
     )
 
@@ -171,7 +179,8 @@ def _peak(values: Floats, done: int) -> float:
 def _environment(folder: RunFolder) -> dict[str, Any]:
     path = folder.root / "env.json"
     facts = read_json(path) if path.exists() else {}
-    return {name: facts[name] for name in ("megatron_distill", "python", "cpus", "gpus", "packages") if name in facts}
+    kept = ("megatron_distill", "commit", "python", "cpus", "gpus", "packages")
+    return {name: facts[name] for name in kept if name in facts}
 
 
 def _round(value: float) -> float:

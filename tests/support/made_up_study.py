@@ -96,7 +96,7 @@ def results_of(values: dict[str, list[float]]) -> Results:
         for seed, value in enumerate(numbers, 1)
     ]
     arms = {name: ArmFacts(name, "", {}) for name in values}
-    return Results("t", "s", "c", [1, 2, 3], arms, [], {}, {}, runs)
+    return Results("t", "s", "c", [1, 2, 3], arms, [], {}, [], runs)
 
 
 HIGH_ABOVE_LOW = Comparison("avg_at_k", Group("high", ("high",)), Group("low", ("low",)))
