@@ -17,7 +17,7 @@ from megatron_distill.config.schedules import constant
 from megatron_distill.errors import DataError
 from megatron_distill.runs.run_folder import HELDOUT, RunFolder, read_json, write_json
 from megatron_distill.study import page
-from megatron_distill.study.design import CURVES, MEASURES, Study
+from megatron_distill.study.design import CURVES, MEASURES, Study, settings_of
 from megatron_distill.study.page import main as redraw
 from megatron_distill.study.results import load, over_seeds, save
 from megatron_distill.study.run import StudyRuns, run_study
@@ -190,6 +190,19 @@ def test_results_of_one_environment_can_still_be_read() -> None:
     for path in STUDIES.glob("*/results.json"):
         results = load(path)
         assert len(results.environments) == 1 and {run.environment for run in results.runs} == {0}
+
+
+def test_settings_name_models_and_functions_without_their_folders() -> None:
+    """Two arms with different teachers differ in the table, and no field, nor an item of a list, holds a folder."""
+    config = arm("low", 0.0).config
+    other = replace(
+        config,
+        teacher=replace(config.teacher, path="/home/me/models/larger"),
+        components=("/home/me/mine.py:term", "built_in"),
+    )
+    before, after = (settings_of(config_module.to_dict(one)) for one in (config, other))
+    assert (before["teacher.path"], after["teacher.path"]) == ("teacher", "larger")
+    assert after["components"] == ["mine.py:term", "built_in"] and "/home/me" not in str(after)
 
 
 def test_long_runs_stay_small(tmp_path: Path) -> None:

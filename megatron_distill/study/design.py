@@ -13,6 +13,7 @@ file repeats, so that tables, figures and verdicts can be made again without the
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_distill import config as config_module
@@ -233,13 +234,21 @@ class Study:
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted fields that say what a run is: neither its name and seed nor this machine's paths, nor a function's."""
-    own = ("name", "seed")
+    """Dotted fields that say what a run is: neither its name and seed nor this machine's paths. Of a model's path, and of a
+    function's file, the last component is kept, which tells arms apart."""
+    own, models = ("name", "seed"), ("student.path", "teacher.path")
     return {
-        field: value.rpartition("/")[2] if isinstance(value, str) and ".py:" in value else value
+        field: Path(value).name if field in models else _without_folder(value)
         for field, value in flatten(config).items()
-        if field not in own and not field.endswith(("path", "_dir"))
+        if field in models or not (field in own or field.endswith(("path", "_dir")))
     }
+
+
+def _without_folder(value: Any) -> Any:
+    """A config's value, with ``file.py:function`` for every ``/folder/file.py:function``."""
+    if isinstance(value, list | tuple):
+        return [_without_folder(item) for item in value]
+    return value.rpartition("/")[2] if isinstance(value, str) and ".py:" in value else value
 
 
 def check_study(study: Study) -> None:
