@@ -49,8 +49,8 @@ def stop_tokens() -> Study:
                 f"Stop tokens: {direction} KL",
                 "Two stop tokens that are not merged make responses longer, and less accurate.",
                 (merged, unmerged),
-                Comparison("response_tokens", _group(unmerged), _group(merged)),
-                Comparison("avg_at_k", _group(merged), _group(unmerged)),
+                Comparison("response_tokens", Group.of(unmerged), Group.of(merged)),
+                Comparison("avg_at_k", Group.of(merged), Group.of(unmerged)),
             )
         )
     return _study(
@@ -74,10 +74,10 @@ def _trade_offs(size: str, short: RunConfig, long: RunConfig, gated: RunConfig) 
     )
     arms = [reverse, forward, mixed, off_reverse, off_forward, brief, curriculum]
     grid = (off_forward, off_reverse, forward, reverse)
-    directions = _group(reverse, off_reverse, label="reverse KL"), _group(forward, off_forward, label="forward KL")
+    directions = Group.of(reverse, off_reverse, label="reverse KL"), Group.of(forward, off_forward, label="forward KL")
     sources = (
-        _group(forward, reverse, label="student prefixes"),
-        _group(off_forward, off_reverse, label="teacher prefixes"),
+        Group.of(forward, reverse, label="student prefixes"),
+        Group.of(off_forward, off_reverse, label="teacher prefixes"),
     )
     questions = (
         _question(
@@ -93,25 +93,25 @@ def _trade_offs(size: str, short: RunConfig, long: RunConfig, gated: RunConfig) 
             "Training length",
             "A long horizon is more accurate, but its entropy collapses and its responses grow.",
             (brief, reverse),
-            Comparison("avg_at_k", _group(reverse), _group(brief)),
-            Comparison("entropy_nats", _group(brief), _group(reverse)),
-            Comparison("response_tokens", _group(reverse), _group(brief)),
+            Comparison("avg_at_k", Group.of(reverse), Group.of(brief)),
+            Comparison("entropy_nats", Group.of(brief), Group.of(reverse)),
+            Comparison("response_tokens", Group.of(reverse), Group.of(brief)),
         ),
         _question(
             "Remedy: KL mixing",
             "Mostly forward KL (w = 0.2) is more accurate than either end, with shorter responses than reverse KL.",
             (reverse, mixed, forward),
-            Comparison("avg_at_k", _group(mixed), _group(reverse)),
-            Comparison("avg_at_k", _group(mixed), _group(forward)),
-            Comparison("response_tokens", _group(reverse), _group(mixed)),
+            Comparison("avg_at_k", Group.of(mixed), Group.of(reverse)),
+            Comparison("avg_at_k", Group.of(mixed), Group.of(forward)),
+            Comparison("response_tokens", Group.of(reverse), Group.of(mixed)),
         ),
         _question(
             "Remedy: entropy-gated length curriculum",
             "The curriculum is more accurate than 4096 tokens throughout, with shorter responses.",
             (reverse, curriculum),
-            Comparison("avg_at_k", _group(curriculum), _group(reverse)),
-            Comparison("pass_at_k", _group(curriculum), _group(reverse)),
-            Comparison("response_tokens", _group(reverse), _group(curriculum)),
+            Comparison("avg_at_k", Group.of(curriculum), Group.of(reverse)),
+            Comparison("pass_at_k", Group.of(curriculum), Group.of(reverse)),
+            Comparison("response_tokens", Group.of(reverse), Group.of(curriculum)),
         ),
     )
     return _study(f"qwen3-{tag}", f"Trade-offs of distillation, Qwen3-0.6B from {size}", f"from_{tag}", arms, questions)
@@ -141,10 +141,6 @@ def _question(title: str, claim: str, arms: tuple[Arm, ...], *comparisons: Compa
         figures=(StudyFigure(name, "Over training", "path", _OVER_STEPS),),
         comparisons=comparisons,
     )
-
-
-def _group(*arms: Arm, label: str = "") -> Group:
-    return Group(label or arms[0].label, tuple(arm.name for arm in arms))
 
 
 def _weighted(config: RunConfig, reverse_kl_weight: float) -> RunConfig:

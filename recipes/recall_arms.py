@@ -26,7 +26,7 @@ SCOPE = (
     "that theirs is the same. Seeds vary the distillation; there is one teacher and one student to begin with."
 )
 COLUMNS = (
-    *("path_avg_at_k", "peak_response_tokens", "low_entropy_nats"),
+    *("path_avg_at_k", "peak_response_tokens", "peak_training_tokens", "low_entropy_nats"),
     *("avg_at_k", "response_tokens", "truncated_frac", "entropy_nats", "horizon_tokens"),
 )
 QUICK = ("num_steps=100", "save_every_steps=0", "evaluation.num_problems=100", "evaluation.every_steps=50")
@@ -90,7 +90,7 @@ def divergences(name: str) -> StudyFigure:
 
 def remedied(name: str, remedy: Arm, without: Arm, title: str = "Remedy: entropy-gated length curriculum") -> Question:
     """Whether an arm with a remedy stayed sounder than the one without."""
-    better, worse = Group(remedy.label, (remedy.name,)), Group(without.label, (without.name,))
+    better, worse = Group.of(remedy), Group.of(without)
     return Question(
         title=title,
         claim=f"More accurate on the way, with shorter responses and more entropy: {remedy.label}, against {without.label}.",

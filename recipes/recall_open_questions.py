@@ -53,9 +53,9 @@ def stop_tokens() -> Study:
             figures=(over_steps(f"stop_{arm.name}", arm.label),),
             comparisons=(
                 Comparison(
-                    "response_tokens", Group("not merged", (unmerged[arm.name].name,)), Group("merged", (arm.name,))
+                    "response_tokens", Group.of(unmerged[arm.name], label="not merged"), Group.of(arm, label="merged")
                 ),
-                Comparison("avg_at_k", Group("merged", (arm.name,)), Group("not merged", (unmerged[arm.name].name,))),
+                Comparison("avg_at_k", Group.of(arm, label="merged"), Group.of(unmerged[arm.name], label="not merged")),
             ),
         )
         for arm in merged
@@ -89,8 +89,8 @@ def top_k() -> Study:
         "forward KL, estimated from the written token (k3)",
         replace(FORWARD_LONG.config, distill=replace(FORWARD_LONG.config.distill, estimator="k3")),
     )
-    everything = Group("all 64", (full.name,))
-    two = Group("bucket", ("top_2",))
+    everything = Group.of(full, label="all 64")
+    two = Group.of(buckets[1], label="bucket")
     size = Question(
         title="Size of the top k",
         claim="The whole distribution teaches more than a top k with its tail in a bucket.",
@@ -100,7 +100,7 @@ def top_k() -> Study:
             over_steps("top_k", "Over training"),
             StudyFigure("top_k_dose", "Against k", "dose", ("avg_at_k", "entropy_nats"), "teacher.num_logprobs"),
         ),
-        comparisons=tuple(Comparison("avg_at_k", everything, Group(arm.label, (arm.name,))) for arm in buckets),
+        comparisons=tuple(Comparison("avg_at_k", everything, Group.of(arm)) for arm in buckets),
     )
     tail = Question(
         title="The tail of a top 2",
@@ -108,7 +108,7 @@ def top_k() -> Study:
         arms=labels(full, buckets[1], *others),
         columns=COLUMNS,
         figures=(over_steps("tail", "Over training"),),
-        comparisons=tuple(Comparison("avg_at_k", two, Group(arm.label, (arm.name,))) for arm in others),
+        comparisons=tuple(Comparison("avg_at_k", two, Group.of(arm)) for arm in others),
     )
     exact = Question(
         title="Hidden states against a top k",
@@ -117,10 +117,7 @@ def top_k() -> Study:
         arms=labels(hidden, full, *buckets),
         columns=(*COLUMNS, "seconds"),
         figures=(over_steps("hidden", "Over training"),),
-        comparisons=tuple(
-            Comparison("avg_at_k", Group(hidden.label, (hidden.name,)), Group(arm.label, (arm.name,)))
-            for arm in buckets
-        ),
+        comparisons=tuple(Comparison("avg_at_k", Group.of(hidden), Group.of(arm)) for arm in buckets),
     )
     sampled = Question(
         title="One token against the distribution",
@@ -129,7 +126,7 @@ def top_k() -> Study:
         columns=COLUMNS,
         figures=(over_steps("sampled", "Over training"),),
         comparisons=(
-            Comparison("avg_at_k", Group("distribution", (FORWARD_LONG.name,)), Group("estimate", (estimated.name,))),
+            Comparison("avg_at_k", Group.of(FORWARD_LONG, label="distribution"), Group.of(estimated, label="estimate")),
         ),
     )
     return study_of(
@@ -164,7 +161,7 @@ def staleness() -> Study:
             columns=(*COLUMNS, "seconds"),
             figures=(over_steps(f"stale_{arm.name}", arm.label),),
             comparisons=tuple(
-                Comparison(measure, Group("fresh", (arm.name,)), Group(one.label, (one.name,)))
+                Comparison(measure, Group.of(arm, label="fresh"), Group.of(one))
                 for one in stale[arm.name]
                 for measure in ("avg_at_k", "seconds")
             ),
@@ -181,7 +178,7 @@ def open_book() -> Study:
     reverse = Arm("book_w1", "own open book, w = 1", with_weight(self_distillation(), 1))
     elsewhere = Arm("book_elsewhere", "own book, open at another page, w = 0", with_another_page(forward.config))
     rival = Arm("book_by_heart", "teacher that knows by heart, w = 0", by_heart(forward.config))
-    direct, back, other, taught = (Group(arm.label, (arm.name,)) for arm in (forward, reverse, elsewhere, rival))
+    direct, back, other, taught = (Group.of(arm) for arm in (forward, reverse, elsewhere, rival))
     learns = Question(
         title="A model's own open book as its teacher",
         claim="What a model answers with the facts before it, it learns to answer without, under either direction of the KL, "

@@ -44,9 +44,9 @@ from megatron_distill.study.design import Arm, Comparison, Group, Question, Stud
 def runaway() -> Study:
     """Weight of reverse KL, and horizon: which runs run away, and both remedies."""
     arms = (REVERSE_LONG, REVERSE_SHORT, REVERSE_GATED, MIXED_LONG, FORWARD_LONG)
-    long, mix = Group("w = 1, long", (REVERSE_LONG.name,)), Group("w = 0.2, long", (MIXED_LONG.name,))
-    forward = Group("w = 0, long", (FORWARD_LONG.name,))
-    short = Group("w = 1, short", (REVERSE_SHORT.name,))
+    long, mix = Group.of(REVERSE_LONG, label="w = 1, long"), Group.of(MIXED_LONG, label="w = 0.2, long")
+    forward = Group.of(FORWARD_LONG, label="w = 0, long")
+    short = Group.of(REVERSE_SHORT, label="w = 1, short")
     length = Question(
         title="Training length under reverse KL: accuracy against stability",
         claim="Over a long horizon reverse KL runs away: on the way its responses are longer, its entropy is lower and it is "
@@ -93,7 +93,7 @@ def controls() -> Study:
     slow_optimizer = replace(REVERSE_LONG.config.optimizer, lr=recall.LR * 0.4)
     slow = Arm("w1_long_slow", "w = 1, long, lr 4e-4", replace(REVERSE_LONG.config, optimizer=slow_optimizer))
     mean = Arm("w1_long_by_sequence", "w = 1, long, mean per response", by_sequence(REVERSE_LONG.config))
-    long = Group("w = 1, long", (REVERSE_LONG.name,))
+    long = Group.of(REVERSE_LONG, label="w = 1, long")
     needs = tuple(
         Question(
             title=title,
@@ -101,7 +101,7 @@ def controls() -> Study:
             arms=labels(REVERSE_LONG, arm),
             columns=COLUMNS,
             figures=(over_steps(arm.name, title),),
-            comparisons=healthier(Group(arm.label, (arm.name,)), long),
+            comparisons=healthier(Group.of(arm), long),
         )
         for arm, title, claim in (
             (
@@ -133,9 +133,9 @@ def controls() -> Study:
             ),
         ),
         comparisons=(
-            Comparison("peak_response_tokens", long, Group("middle", (REVERSE_MIDDLE.name,))),
+            Comparison("peak_response_tokens", long, Group.of(REVERSE_MIDDLE, label="middle")),
             Comparison(
-                "peak_response_tokens", Group("middle", (REVERSE_MIDDLE.name,)), Group("short", (REVERSE_SHORT.name,))
+                "peak_response_tokens", Group.of(REVERSE_MIDDLE, label="middle"), Group.of(REVERSE_SHORT, label="short")
             ),
         ),
     )
@@ -158,8 +158,7 @@ def design_space() -> Study:
     )
     by_weight = (FORWARD_LONG, MIXED_LONG, half, most, REVERSE_LONG)
     reverse, forward, reverse_teacher, forward_teacher = (
-        Group(arm.label, (arm.name,))
-        for arm in (REVERSE_LONG, FORWARD_LONG, REVERSE_LONG_TEACHER, FORWARD_LONG_TEACHER)
+        Group.of(arm) for arm in (REVERSE_LONG, FORWARD_LONG, REVERSE_LONG_TEACHER, FORWARD_LONG_TEACHER)
     )
     prefixes = Question(
         title="Prefix source and direction",
@@ -197,12 +196,8 @@ def design_space() -> Study:
             ),
         ),
         comparisons=(
-            *(
-                one
-                for less, more in pairwise(by_weight[1:])
-                for one in healthier(Group(less.label, (less.name,)), Group(more.label, (more.name,)))
-            ),
-            Comparison("path_avg_at_k", Group(MIXED_LONG.label, (MIXED_LONG.name,)), forward),
+            *(one for less, more in pairwise(by_weight[1:]) for one in healthier(Group.of(less), Group.of(more))),
+            Comparison("path_avg_at_k", Group.of(MIXED_LONG), forward),
         ),
     )
     return study_of(
@@ -247,7 +242,7 @@ def hand_off() -> Study:
     rl = recall.grpo()
     alone = Arm("rl_alone", "RL alone", rl)
     after = tuple(Arm(f"rl_after_{arm.name}", f"RL after {arm.label}", rl, after=arm.name) for arm in before)
-    reverse, mixed, forward = (Group(arm.label, (arm.name,)) for arm in after)
+    reverse, mixed, forward = (Group.of(arm) for arm in after)
     question = Question(
         title="Hand-off to RL",
         claim="RL gains more after forward KL than after reverse KL, and ends higher after distillation than alone.",
@@ -260,7 +255,7 @@ def hand_off() -> Study:
         comparisons=(
             Comparison("gain_avg_at_k", forward, reverse),
             Comparison("gain_avg_at_k", mixed, reverse),
-            Comparison("avg_at_k", forward, Group("RL alone", (alone.name,))),
+            Comparison("avg_at_k", forward, Group.of(alone, label="RL alone")),
         ),
     )
     return study_of(

@@ -155,7 +155,7 @@ def study_rl() -> Study:
             Comparison(
                 "avg_at_k",
                 Group("after student-prefix forward KL", ("rl_from_student_forward",)),
-                Group("RL alone", (start.name,)),
+                Group.of(start, label="RL alone"),
             ),
         ),
     )

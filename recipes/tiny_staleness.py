@@ -56,7 +56,7 @@ def _question(direction: str, fresh: Arm, stale: list[Arm]) -> Question:
             ),
         ),
         comparisons=tuple(
-            Comparison("avg_at_k", Group("staleness 0", (fresh.name,)), Group(f"staleness {steps}", (arm.name,)))
+            Comparison("avg_at_k", Group.of(fresh, label="staleness 0"), Group.of(arm, label=f"staleness {steps}"))
             for steps, arm in zip(STALE_STEPS, stale, strict=True)
         ),
     )

@@ -1,6 +1,7 @@
 """What a study keeps and shows: its results file, and the pages that are made from it."""
 
 import math
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -12,11 +13,12 @@ import pytest
 from megatron_distill.recipes import tiny
 
 from megatron_distill import config as config_module
-from megatron_distill.config.loading import every
+from megatron_distill.config.loading import every, load_made
 from megatron_distill.config.schedules import constant
 from megatron_distill.errors import DataError
 from megatron_distill.runs.run_folder import HELDOUT, RunFolder, read_json, write_json
 from megatron_distill.study import page
+from megatron_distill.study.claims import judge_all
 from megatron_distill.study.design import CURVES, MEASURES, Study, settings_of
 from megatron_distill.study.page import main as redraw
 from megatron_distill.study.results import load, over_seeds, save
@@ -276,6 +278,36 @@ def test_the_pages_of_kept_results_are_what_would_be_written_now(kept: Path, tmp
     shutil.copy(kept, tmp_path)
     assert redraw([str(tmp_path / kept.name)]) == 0
     assert (tmp_path / "results.md").read_text() == kept.with_name("results.md").read_text()
+
+
+@pytest.mark.parametrize("kept", sorted(STUDIES.glob("*/results.json")), ids=lambda path: path.parent.name)
+def test_kept_results_answer_what_their_command_asks(kept: Path) -> None:
+    """Whoever rewords or moves a study writes its results of ``docs/study`` again: same arms, seeds, claims and comparisons."""
+    results = load(kept)
+    study = load_made(results.command.split()[2], Study, "study")
+    assert (results.command, results.title, tuple(results.seeds)) == (study.command, study.title, study.seeds)
+    assert list(results.arms) == [arm.name for arm in study.arms]
+    assert [(one.claim, one.comparisons) for one in results.questions] == [
+        (one.claim, one.comparisons) for one in study.questions
+    ]
+
+
+def test_intervals_told_in_prose_are_those_of_the_results() -> None:
+    """Every interval in the tables of ``docs/study/README.md``, but for their last column, is of a comparison in the results
+    that its section links to, either way round, to the digits shown."""
+    num_found = 0
+    for section in (STUDIES / "README.md").read_text().split("\n## ")[1:]:
+        kept = [STUDIES / name / "results.json" for name in re.findall(r"\(([a-z-]+)/results\.md\)", section)]
+        judged = [one.difference for path in kept for question in judge_all(load(path)) for one in question]
+        ends = [pair for one in judged for pair in ((one.low, one.high), (-one.high, -one.low))]
+        rows = [line.rpartition("|")[0].rpartition("|")[0] for line in section.splitlines() if kept and line[:1] == "|"]
+        for row in rows:
+            for shown in re.findall(r"\[([+-]?[\d.]+), ([+-]?[\d.]+)\]", row):
+                digits = len(shown[0].partition(".")[2])
+                told = tuple(f"{float(end):.{digits}f}" for end in shown)
+                assert told in {tuple(f"{end:.{digits}f}" for end in pair) for pair in ends}, f"{shown} in {row}"
+                num_found += 1
+    assert num_found > 50
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"runs": 3}', "[]"])

@@ -119,6 +119,11 @@ class Group:
     label: str
     arms: tuple[str, ...]
 
+    @classmethod
+    def of(cls, *arms: "Arm", label: str = "") -> "Group":
+        """These arms, under the first one's label if it is given none."""
+        return cls(label or arms[0].label, tuple(arm.name for arm in arms))
+
 
 @dataclass(frozen=True)
 class Comparison:
