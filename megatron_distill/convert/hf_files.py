@@ -28,7 +28,7 @@ from torch import Tensor
 from megatron_distill.config.json_files import json_of
 from megatron_distill.errors import CheckpointError, DistillError
 from megatron_distill.models.families import hf_shapes
-from megatron_distill.models.hf_config import HfConfig
+from megatron_distill.models.hf_config import HfConfig, eos_ids
 from megatron_distill.runs import marks
 
 WEIGHTS = "model.safetensors"
@@ -298,10 +298,11 @@ def copy_companions(source: str | Path, target: Path) -> None:
 
 def name_end_tokens(target: Path, token_ids: Sequence[int]) -> None:
     """Add to what ends a response by ``generation_config.json``: whoever serves the model then stops where its training did."""
+    if not token_ids:
+        return
     file = target / "generation_config.json"
     generation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    named = generation.get("eos_token_id")
-    ends = named if isinstance(named, list) else [named] if named is not None else []
+    ends = eos_ids(generation)
     if set(token_ids) - set(ends):
         generation["eos_token_id"] = list(dict.fromkeys((*ends, *token_ids)))
         file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")

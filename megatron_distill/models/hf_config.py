@@ -7,7 +7,7 @@ builds the model and ``families`` picks its table of names.
 Both spellings of rotary settings are read: ``rope_theta`` + ``rope_scaling`` (transformers 4) and ``rope_parameters``
 (transformers 5).
 
-Names to know: ``HfConfig.from_dir``, ``HfConfig.from_dict``, ``Rope``.
+Names to know: ``HfConfig.from_dir``, ``HfConfig.from_dict``, ``Rope``, ``eos_ids``.
 """
 
 from collections.abc import Mapping
@@ -137,6 +137,14 @@ class HfConfig:
             norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
             raw=raw,
         )
+
+
+def eos_ids(raw: Mapping[str, Any]) -> list[int]:
+    """What ``eos_token_id`` names in a parsed config.json or generation_config.json: no id, one, or a list of them."""
+    named = raw.get("eos_token_id")
+    if named is None:
+        return []
+    return named if isinstance(named, list) else [named]
 
 
 def _num_experts(raw: Mapping[str, Any]) -> int:

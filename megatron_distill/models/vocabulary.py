@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_distill.config.json_files import json_of
 from megatron_distill.errors import ConfigError, DataError
-from megatron_distill.models.hf_config import HfConfig
+from megatron_distill.models.hf_config import HfConfig, eos_ids
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,13 @@ def load_vocabulary(student: str | Path, teacher: str | Path, stop_tokens: Seque
                 f"but the {role}'s embedding holds only {size}. The model directory is damaged, or tokenizer and model do not "
                 "belong together."
             )
-    stop_token_ids = tuple(_id_of(token, student, tokenizer) for token in stop_tokens)
+    for token in stop_tokens:
+        if token not in ours:
+            raise ConfigError(
+                f"rollouts.stop_tokens = {token!r}: not one token of {student}. A stop token must be a token of its own. "
+                "Name one of: " + ", ".join(map(repr, tokenizer.all_special_tokens)) + "."
+            )
+    stop_token_ids = tuple(ours[token] for token in stop_tokens)
     if not stop_tokens:
         named = [one.eos_token_id for one in tokenizers.values() if one.eos_token_id is not None]
         stop_token_ids = tuple(dict.fromkeys((*named, *end_token_ids(student), *end_token_ids(teacher))))
@@ -91,9 +97,7 @@ def end_token_ids(path: str | Path) -> tuple[int, ...]:
     file = Path(path) / "generation_config.json"
     try:
         generation = json_of(file) if file.exists() else {}
-        named = (HfConfig.from_dir(path).raw.get("eos_token_id"), generation.get("eos_token_id"))
-        lists = (ids if isinstance(ids, list) else [ids] for ids in named if ids is not None)
-        return tuple(dict.fromkeys(int(one) for ids in lists for one in ids))
+        return tuple(dict.fromkeys(map(int, (*eos_ids(HfConfig.from_dir(path).raw), *eos_ids(generation)))))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{file}: is no generation config ({error}). Download the model again, or delete the file."
@@ -115,16 +119,6 @@ def require_named_ends(vocabulary: Vocabulary, student: str | Path) -> None:
             f"eos_token_id in {student} says so, and the loss would take that for a word like others. Name it as well, or "
             "take it out of config.json and generation_config.json."
         )
-
-
-def _id_of(token: str, student: str | Path, tokenizer: Any) -> int:
-    vocabulary = tokenizer.get_vocab()
-    if token not in vocabulary:
-        raise ConfigError(
-            f"rollouts.stop_tokens = {token!r}: not one token of {student}. A stop token must be a token of its own. "
-            "Name one of: " + ", ".join(map(repr, tokenizer.all_special_tokens)) + "."
-        )
-    return int(vocabulary[token])
 
 
 def _end_token_remedy(tokenizer: Any) -> str:
