@@ -1,5 +1,6 @@
 """What the Makefile's commands would do, asked of make itself; nothing is done."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -7,9 +8,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def commands(*arguments: str) -> str:
-    """Of a target, as make would run them."""
+    """Of a target, as make would run them when typed in a shell, whichever make runs the tests."""
+    shell = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     command = ["make", "--dry-run", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, cwd=ROOT, env=shell, capture_output=True, text=True, check=True).stdout
 
 
 def test_clean_leaves_the_runs() -> None:
