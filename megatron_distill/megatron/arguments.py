@@ -16,7 +16,7 @@ from megatron_distill.config import RunConfig
 from megatron_distill.config.flags import MEGATRON, not_parsed, value_of
 from megatron_distill.errors import ConfigError
 from megatron_distill.megatron import cpu_backend
-from megatron_distill.megatron.backend import Backend, kernel_arguments
+from megatron_distill.megatron.backend import MegatronBackend, kernel_arguments
 from megatron_distill.models.context_parallel import sequence_multiple
 from megatron_distill.models.hf_config import VOCAB_DIVISOR, HfConfig, padded_vocab_size
 from megatron_distill.models.megatron_gpt import megatron_arguments
@@ -24,7 +24,7 @@ from megatron_distill.models.pipeline import megatron_layout, stage_layers
 from megatron_distill.runs.run_folder import RunFolder
 
 
-def row_multiple(config: RunConfig, backend: Backend) -> int:
+def row_multiple(config: RunConfig, backend: MegatronBackend) -> int:
     """What a packed row's length is a multiple of: cp ranks share it, and sequence parallelism cuts a share into tp parts.
 
     Each part is a matrix whose rows multiplication in eight or four bits takes so many at a time.
@@ -46,7 +46,7 @@ def _quantised_rows(arguments: Sequence[str]) -> int:
     return int(get_fp8_align_size(recipe) if fp8 else get_fp4_align_size(recipe))
 
 
-def sequence_length(config: RunConfig, backend: Backend) -> int:
+def sequence_length(config: RunConfig, backend: MegatronBackend) -> int:
     """Longest packed row, in tokens: the longest prompt and response, rounded up."""
     multiple = row_multiple(config, backend)
     return -(-config.max_sequence_tokens // multiple) * multiple
@@ -70,7 +70,7 @@ def flag_problems(arguments: Sequence[str]) -> list[str]:
     return problems
 
 
-def training_arguments(config: RunConfig, student: HfConfig, folder: RunFolder, backend: Backend) -> list[str]:
+def training_arguments(config: RunConfig, student: HfConfig, folder: RunFolder, backend: MegatronBackend) -> list[str]:
     """The flags of ``megatron.training`` for one run; what a user adds comes last, since the last of two flags counts.
 
     Two of them are not obvious. ``--full-validation`` of one empty validation set and ``--eval-interval 1`` makes the

@@ -1,6 +1,6 @@
 """How this process runs its models: three choices, made in one place from the machine and the config.
 
-In: what the machine has, ``student.layer_spec`` and ``student.dtype``. Out: a ``Backend``, and the Megatron flags that
+In: what the machine has, ``student.layer_spec`` and ``student.dtype``. Out: a ``MegatronBackend``, and the Megatron flags that
 belong to it.
 
 Names to know: ``choose_backend``; ``kernel_arguments``; ``prepare`` (once per process, before Megatron is imported).
@@ -32,7 +32,7 @@ FUSED_GRADIENT_MODULE = "fused_weight_gradient_mlp_cuda"  # of apex
 
 
 @dataclass(frozen=True)
-class Backend:
+class MegatronBackend:
     """How the student, and every model beside it, runs in this process.
 
     Attributes:
@@ -51,7 +51,7 @@ class Backend:
         return 128 if self.use_transformer_engine else 8
 
 
-def choose_backend(student: StudentConfig) -> Backend:
+def choose_backend(student: StudentConfig) -> MegatronBackend:
     """The backend that ``student.layer_spec`` asks for on this machine.
 
     "auto" is Transformer Engine for bf16 on a GPU, whose attention kernels take no fp32, and Megatron's own layers
@@ -79,10 +79,10 @@ def choose_backend(student: StudentConfig) -> Backend:
             f"student.megatron_args: --{formats[0]} takes a GPU, and there is none here. Leave it out on a CPU."
         )
     packed = engine or student.parallel.cp > 1  # a mask's rows cannot be cut over ranks
-    return Backend(use_transformer_engine=engine, packed_kernels=packed, needs_mask=not packed)
+    return MegatronBackend(use_transformer_engine=engine, packed_kernels=packed, needs_mask=not packed)
 
 
-def kernel_arguments(backend: Backend, num_experts: int) -> list[str]:
+def kernel_arguments(backend: MegatronBackend, num_experts: int) -> list[str]:
     """Megatron's flags that follow from the backend and from what is installed."""
     flags: list[str] = []
     if cpu_backend.is_cpu():

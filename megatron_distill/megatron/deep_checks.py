@@ -21,7 +21,7 @@ import torch
 from megatron_distill.config import StudentConfig
 from megatron_distill.errors import DistillError
 from megatron_distill.megatron import cpu_backend
-from megatron_distill.megatron.backend import Backend, choose_backend, prepare
+from megatron_distill.megatron.backend import MegatronBackend, choose_backend, prepare
 
 LENGTHS = (7, 33, 1, 23)  # tokens of the sequences packed into one row
 NUM_PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 12, 24
@@ -125,7 +125,7 @@ def linear(model_dir: Path) -> str:
 def losses(model_dir: Path) -> str:
     """The losses at a real width, value and gradient, against float64: the KL by every implementation that runs here, the
     others by the one that this machine picks, so that each of its kernels runs."""
-    from megatron_distill.losses import Backend as LossBackend
+    from megatron_distill.losses import Backend
     from megatron_distill.losses.backends import kernels_for
 
     _, dtype, device = _setting()
@@ -135,7 +135,7 @@ def losses(model_dir: Path) -> str:
     found = []
     for name, loss in _families(teacher).items():
         value, gradient = _value_and_gradient(loss, student, teacher, weights, "eager")
-        for backend in get_args(LossBackend) if name == "kl" else (picked,):
+        for backend in get_args(Backend) if name == "kl" else (picked,):
             try:
                 given = student.to(device, dtype), teacher.to(device, dtype), weights.to(device)
                 ours = _value_and_gradient(loss, *given, backend)
@@ -263,7 +263,7 @@ def _server(model_dir: Path, vocab_size: int, dtype: torch.dtype, log: Path) -> 
         yield client
 
 
-def _gap(client: Any, model: Any, vocab_size: int, backend: Backend, version: str, check: bool = True) -> float:
+def _gap(client: Any, model: Any, vocab_size: int, backend: MegatronBackend, version: str, check: bool = True) -> float:
     """Mean |Megatron - server| of the log-probs of what the server samples, in nats."""
     from megatron_distill.megatron.forward_step import run_model
     from megatron_distill.rollouts.batches import pack_micro_batch
@@ -306,14 +306,14 @@ def _gap(client: Any, model: Any, vocab_size: int, backend: Backend, version: st
 # --- what they share --------------------------------------------------------------------------------------------------
 
 
-def _setting() -> tuple[Backend, torch.dtype, torch.device]:
+def _setting() -> tuple[MegatronBackend, torch.dtype, torch.device]:
     """The backend, dtype and device of a run here: bf16 on a GPU."""
     if cpu_backend.is_cpu():
         return choose_backend(StudentConfig()), torch.float32, torch.device("cpu")
     return choose_backend(StudentConfig(dtype="bf16")), torch.bfloat16, torch.device("cuda")
 
 
-def _transformer_config(backend: Backend, **architecture: Any) -> Any:
+def _transformer_config(backend: MegatronBackend, **architecture: Any) -> Any:
     from megatron.core.transformer import TransformerConfig
 
     _, dtype, _ = _setting()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_distill.convert.live import load_hf_weights
-from megatron_distill.megatron.backend import Backend
+from megatron_distill.megatron.backend import MegatronBackend
 from megatron_distill.megatron.forward_step import run_model
 from megatron_distill.megatron.neighbours import Neighbours
 from megatron_distill.megatron.teacher_head import TeacherHead
@@ -40,7 +40,7 @@ class InProcessTeacher:
         path: str | Path,
         *,
         padded_vocab_size: int,
-        backend: Backend,
+        backend: MegatronBackend,
         device: torch.device,
         neighbours: Neighbours | None = None,
     ) -> None:
@@ -143,7 +143,7 @@ class InProcessTeacher:
 
 
 def config_like(
-    student: "TransformerConfig", hf_config: HfConfig, backend: Backend, tp: int | None = None
+    student: "TransformerConfig", hf_config: HfConfig, backend: MegatronBackend, tp: int | None = None
 ) -> "TransformerConfig":
     """The student's config with another architecture: layout, dtype and kernels, whatever was chosen, are shared.
 

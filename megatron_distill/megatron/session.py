@@ -24,7 +24,7 @@ from megatron_distill.config import RunConfig
 from megatron_distill.convert.live import load_hf_weights, save_hf
 from megatron_distill.megatron import schedule
 from megatron_distill.megatron.arguments import row_multiple, student_padded_vocab_size
-from megatron_distill.megatron.backend import Backend, choose_backend, prepare
+from megatron_distill.megatron.backend import MegatronBackend, choose_backend, prepare
 from megatron_distill.megatron.forward_step import FrozenTeacher, make_forward_step
 from megatron_distill.megatron.in_process_teacher import InProcessTeacher
 from megatron_distill.megatron.megatron_log import ScalarTap, tap_scalars
@@ -63,7 +63,7 @@ class Session:
         folder: RunFolder,
         vocabulary: Vocabulary,
         make_leader: MakeLeader,
-        backend: Backend | None = None,
+        backend: MegatronBackend | None = None,
     ) -> None:
         """Remember what the run is; Megatron is not initialised yet.
 
@@ -321,7 +321,7 @@ def run(
     folder: RunFolder,
     vocabulary: Vocabulary,
     make_leader: MakeLeader,
-    backend: Backend | None = None,
+    backend: MegatronBackend | None = None,
 ) -> Session:
     """Train: hand a ``Session`` to the unmodified ``megatron.training.pretrain``, then export the student."""
     prepare()

@@ -7,13 +7,13 @@ Megatron's packed rotary embeddings, reductions, optimizer and gathers and this 
 import pytest
 import torch
 
-from megatron_distill.megatron.backend import Backend
+from megatron_distill.megatron.backend import MegatronBackend
 from tests.support.layouts import NUM_STEPS, Outcome, assert_same, run_jobs, save_random_model
 from tests.support.rank_forge import RankForge
 
 pytestmark = pytest.mark.heavy
 
-PACKED = Backend(use_transformer_engine=False, packed_kernels=True, needs_mask=False)
+PACKED = MegatronBackend(use_transformer_engine=False, packed_kernels=True, needs_mask=False)
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 
 IN_PROCESS: dict[str, object] = {"teacher.transport": "in_process"}
