@@ -29,6 +29,7 @@ from megatron_distill.recipes.recall_arms import (
     REVERSE_LONG_TEACHER,
     REVERSE_SHORT,
     divergences,
+    healthier,
     labels,
     over_steps,
     study_of,
@@ -145,17 +146,7 @@ def staleness() -> Study:
     What they save is not asked here, where runs share a machine and with it their time; ``benchmarks/overlap.py`` asks.
     """
     fresh = (REVERSE_SHORT, FORWARD_LONG)
-    stale = {
-        arm.name: tuple(
-            Arm(
-                f"{arm.name}_stale_{steps}",
-                f"{arm.label}, staleness {steps}",
-                replace(arm.config, rollouts=replace(arm.config.rollouts, max_staleness_steps=steps)),
-            )
-            for steps in (1, 2, 4)
-        )
-        for arm in fresh
-    }
+    stale = {arm.name: tuple(_stale(arm, steps) for steps in (1, 2, 4)) for arm in fresh}
     questions = tuple(
         Question(
             title=f"Staleness: {arm.label}",
@@ -169,8 +160,25 @@ def staleness() -> Study:
         )
         for arm in fresh
     )
-    arms = tuple(one for arm in fresh for one in (arm, *stale[arm.name]))
-    return study_of("recall-staleness", "Stale rollouts", "recall_open_questions.staleness", arms, questions)
+    running_away = _stale(REVERSE_LONG, 4)
+    further = Question(
+        title=f"Staleness: {REVERSE_LONG.label}, which runs away",
+        claim="Under stale rollouts it runs further away: longer responses, less entropy, less accurate on the way.",
+        arms=labels(REVERSE_LONG, running_away),
+        columns=COLUMNS,
+        figures=(over_steps("stale_w1_long", REVERSE_LONG.label), divergences("stale_w1_long")),
+        comparisons=healthier(Group.of(REVERSE_LONG, label="fresh"), Group.of(running_away)),
+    )
+    arms = (*(one for arm in fresh for one in (arm, *stale[arm.name])), REVERSE_LONG, running_away)
+    return study_of(
+        "recall-staleness", "Stale rollouts", "recall_open_questions.staleness", arms, (*questions, further)
+    )
+
+
+def _stale(arm: Arm, steps: int) -> Arm:
+    """The same, with rollouts by weights of up to so many steps before."""
+    rollouts = replace(arm.config.rollouts, max_staleness_steps=steps)
+    return Arm(f"{arm.name}_stale_{steps}", f"{arm.label}, staleness {steps}", replace(arm.config, rollouts=rollouts))
 
 
 def open_book() -> Study:
