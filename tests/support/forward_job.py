@@ -14,18 +14,18 @@ import torch
 from transformers import PreTrainedModel
 
 from megatron_distill import config as config_module
-from megatron_distill.megatron.backend import Backend
+from megatron_distill.megatron.backend import MegatronBackend
 from megatron_distill.rollouts.batches import MicroBatch
 from tests.support.samples import STOP_TOKEN_IDS, build_micro_batches, make_samples
 
 VOCAB_SIZE = 200  # padded to 256: at tp 2 both ranks hold tokens, and the second one padding too
 STEP = 2
-MASKED = Backend(use_transformer_engine=False, packed_kernels=False, needs_mask=True)
-PACKED = Backend(use_transformer_engine=False, packed_kernels=True, needs_mask=False)
+MASKED = MegatronBackend(use_transformer_engine=False, packed_kernels=False, needs_mask=True)
+PACKED = MegatronBackend(use_transformer_engine=False, packed_kernels=True, needs_mask=False)
 BACKENDS = {"masked": MASKED, "packed": PACKED}
 
 
-def micro_batch(backend: Backend) -> MicroBatch:
+def micro_batch(backend: MegatronBackend) -> MicroBatch:
     """Ten samples in one micro-batch, several in a row."""
     samples = make_samples(STEP, 10, VOCAB_SIZE)
     (batch,) = build_micro_batches(samples, len(samples), step=STEP, needs_mask=backend.needs_mask)
@@ -41,7 +41,7 @@ def expected_logits(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
 
 
 def _gradients_against_whole_logits(
-    objective: Any, model: Any, backend: Backend, teacher: Any, step_batch: Any
+    objective: Any, model: Any, backend: MegatronBackend, teacher: Any, step_batch: Any
 ) -> dict[str, float]:
     """The largest differences of parameters' gradients, relative to the largest gradient: chunks against logits that exist
     whole and are differentiated by autograd, and the head's as Megatron's fused accumulation would have it."""
@@ -117,7 +117,7 @@ def _initialise(config: config_module.RunConfig, folder: Path) -> Any:
 
 
 def _differences(
-    config: config_module.RunConfig, hf_config: Any, backend: Backend, folder: Path
+    config: config_module.RunConfig, hf_config: Any, backend: MegatronBackend, folder: Path
 ) -> dict[str, float | bool]:
     from megatron.core import mpu
     from megatron.training import get_args

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_distill import config as config_module
-from megatron_distill.megatron.backend import Backend
+from megatron_distill.megatron.backend import MegatronBackend
 from megatron_distill.runs.run_folder import RunFolder
 from tests.support.rank_forge import RankForge
 from tests.support.tiny_models import build_hf_model
@@ -61,7 +61,11 @@ def save_random_model(
 
 
 def run_jobs(
-    models: Path, root: Path, layouts: Mapping[str, dict[str, object]], forge: RankForge, backend: Backend | None = None
+    models: Path,
+    root: Path,
+    layouts: Mapping[str, dict[str, object]],
+    forge: RankForge,
+    backend: MegatronBackend | None = None,
 ) -> dict[str, Outcome]:
     """The outcome of every layout's job, by its name; two jobs at a time."""
     with ThreadPoolExecutor(2) as pool:
@@ -96,7 +100,7 @@ def run_job(
     models: Path,
     run_dir: Path,
     overrides: dict[str, object],
-    backend: Backend | None = None,
+    backend: MegatronBackend | None = None,
     *,
     forge: RankForge,
 ) -> Outcome:

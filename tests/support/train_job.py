@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m tests.support.train_job RUN_DIR [BACKEND]
 
-The run folder holds the config, BACKEND the fields of a ``Backend`` as JSON, instead of the machine's. Samples are a function
+The run folder holds the config, BACKEND the fields of a ``MegatronBackend`` as JSON, instead of the machine's. Samples are a function
 of the step alone, and each replica takes its share, so that runs of different layouts see the same data. Losses and
 gradient norms are in ``metrics.jsonl``, the student in ``hf/``. An evaluation notes what it was made beside; a file
 ``in_evaluation`` in the run folder, "4 killed" or "4 fails", is what happens, once, to the rank that evaluates that step.
@@ -22,7 +22,7 @@ import torch
 
 from megatron_distill import config as config_module
 from megatron_distill.errors import DistillError
-from megatron_distill.megatron.backend import Backend
+from megatron_distill.megatron.backend import MegatronBackend
 from megatron_distill.megatron.session import run
 from megatron_distill.models.vocabulary import Vocabulary
 from megatron_distill.rollouts.source import Collected, Share
@@ -112,7 +112,7 @@ def main() -> None:
     vocab_size = HfConfig.from_dir(config.student.path).vocab_size
     tokenizer = SimpleNamespace(decode=str)
     vocabulary = Vocabulary(tokenizer, vocab_size, STOP_TOKEN_IDS)
-    backend = Backend(**json.loads(sys.argv[2])) if len(sys.argv) > 2 else None
+    backend = MegatronBackend(**json.loads(sys.argv[2])) if len(sys.argv) > 2 else None
     run(config, folder, vocabulary, lambda dp_rank, must_stop: MadeUpLeader(config, folder, vocab_size), backend)
 
 
