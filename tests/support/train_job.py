@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 -m tests.support.train_job RUN_DIR [BACKEND]
 
-The run folder holds the config, BACKEND the fields of a ``MegatronBackend`` as JSON, instead of the machine's. Samples are a function
-of the step alone, and each replica takes its share, so that runs of different layouts see the same data. Losses and
-gradient norms are in ``metrics.jsonl``, the student in ``hf/``. An evaluation notes what it was made beside; a file
+The run folder holds the config, BACKEND the fields of a ``MegatronBackend`` as JSON, instead of the machine's. Samples
+are a function of the step alone, and each replica takes its share, so that runs of different layouts see the same data.
+Losses and gradient norms are in ``metrics.jsonl``, the student in ``hf/``. An evaluation notes what it was made beside; a file
 ``in_evaluation`` in the run folder, "4 killed" or "4 fails", is what happens, once, to the rank that evaluates that step.
 """
 
