@@ -90,6 +90,11 @@ def with_teacher_prefixes(config: RunConfig) -> RunConfig:
     return replace(config, rollouts=replace(config.rollouts, student_prefix_frac=constant(0)))
 
 
+def with_staleness(config: RunConfig, max_staleness_steps: int) -> RunConfig:
+    """The same run at what earlier weights write, of up to so many steps before."""
+    return replace(config, rollouts=replace(config.rollouts, max_staleness_steps=max_staleness_steps))
+
+
 def with_flat_teacher(config: RunConfig) -> RunConfig:
     """The same run under the teacher that hesitates with the same chance each time."""
     return replace(config, teacher=replace(config.teacher, path=str(MODELS / "teacher_flat")))
